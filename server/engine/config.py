@@ -1,0 +1,56 @@
+"""The engine's settings and what it reports of every step. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from server.errors import InvalidInput
+
+Path = Literal["slots", "bare"]
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Limits of one engine. Raises InvalidInput on an impossible value."""
+
+    max_batch: int = 32  # sequences at once
+    max_context: int = 2048  # tokens of one sequence, prompt and answer together
+    max_queue: int = 1024  # requests waiting
+    prefill_chunk: int = 256  # prompt tokens computed in one step, over all sequences
+    adapter_slots: int | None = None  # resident adapters; None: one per sequence
+    threads: int | None = None  # of the computation on CPU; None: torch's own choice
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch", "max_context", "max_queue", "prefill_chunk", "adapter_slots", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InvalidInput(f"{name} is {value}; it must be at least 1", param=name)
+        if self.num_adapter_slots < self.max_batch:
+            raise InvalidInput(
+                f"adapter_slots = {self.adapter_slots} is less than max_batch = {self.max_batch}: every sequence of "
+                "a batch may bring its own adapter",
+                param="adapter_slots",
+            )
+
+    @property
+    def num_adapter_slots(self) -> int:
+        return self.max_batch if self.adapter_slots is None else self.adapter_slots
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """One engine step, for metrics and logs."""
+
+    path: Path  # how the adapted linears were computed
+    decode_rows: int  # sequences that got one more token computed
+    prefill_tokens: int
+    generated_tokens: int
+    distinct_tasks: int
+    waiting: int  # after the step
+    running: int  # after the step
+    seconds: float
+
+    @property
+    def rows(self) -> int:
+        return self.decode_rows + self.prefill_tokens

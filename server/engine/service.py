@@ -1,0 +1,209 @@
+"""The engine behind an async front: one thread runs its steps, any event loop submits requests and reads answers."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from server.engine.config import StepStats
+from server.engine.engine import Engine
+from server.engine.request import EngineRequest, FinishOutput, Output
+from server.errors import Conflict, MHRError, Unavailable
+
+logger = logging.getLogger(__name__)
+
+
+class TokenStream:
+    """The outputs of one request: an async iterator whose last item is a FinishOutput.
+
+    Leaving early, by `aclose()` or the end of an `async with` block, aborts the request. Read it in the event
+    loop it was made in.
+    """
+
+    def __init__(self, request_id: str, service: EngineService) -> None:
+        self.request_id = request_id
+        self._service = service
+        self._loop = asyncio.get_running_loop()
+        self._outputs: asyncio.Queue[Output] = asyncio.Queue()
+        self._ended = False
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> Output:
+        if self._ended:
+            raise StopAsyncIteration
+        output = await self._outputs.get()
+        self._ended = isinstance(output, FinishOutput)
+        return output
+
+    async def aclose(self) -> None:
+        """Abort the request unless its last output was read."""
+        if not self._ended:
+            self._ended = True
+            self._service.abort(self.request_id)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop:
+        """The event loop of its reader."""
+        return self._loop
+
+    def put(self, output: Output) -> None:
+        """Hand the reader one output; called in the reader's event loop."""
+        self._outputs.put_nowait(output)
+
+
+@dataclass(frozen=True)
+class _Arrival:
+    request: EngineRequest
+    arrival_s: float
+
+
+class EngineService:
+    """Owns the engine: after `start` only its thread touches the engine.
+
+    `on_step` is called in that thread after every step; it must be quick and must not raise.
+    """
+
+    def __init__(self, engine: Engine, on_step: Callable[[StepStats], None] | None = None) -> None:
+        self._engine = engine
+        self._on_step = on_step
+        self._changed = threading.Condition()  # guards everything below
+        self._arrivals: deque[_Arrival] = deque()
+        self._aborts: deque[str] = deque()
+        self._streams: dict[str, TokenStream] = {}
+        self._draining = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Begin to run steps."""
+        assert self._thread is None, "the engine service was started before"
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def submit(self, request: EngineRequest) -> TokenStream:
+        """Queue a request and return its stream; call it in the event loop that will read the stream.
+
+        Raises TooLarge when the prompt does not fit the context, InvalidInput for a token id outside the
+        vocabulary, Unavailable when the queue is full or the service drains or stopped, Conflict when a request
+        of the same id is open.
+        """
+        self._engine.check(request)
+        with self._changed:
+            if self._draining or self._stopping or self._thread is None:
+                raise Unavailable("the server is shutting down or not started yet; try again later", code="draining")
+            if request.id in self._streams:
+                raise Conflict(f"a request with the id {request.id!r} is open; use another id", param="id")
+            self._engine.scheduler.check_room(len(self._arrivals))
+            stream = TokenStream(request.id, self)
+            self._streams[request.id] = stream
+            self._arrivals.append(_Arrival(request, time.monotonic()))
+            self._changed.notify_all()
+        return stream
+
+    def abort(self, request_id: str) -> None:
+        """End a request soon, with reason "abort"; an unknown or finished id is left alone."""
+        with self._changed:
+            if request_id in self._streams:
+                self._aborts.append(request_id)
+                self._changed.notify_all()
+
+    @property
+    def draining(self) -> bool:
+        return self._draining
+
+    @property
+    def num_open(self) -> int:
+        """Requests that have not had their last output."""
+        return len(self._streams)
+
+    async def drain(self, timeout_s: float | None = None) -> bool:
+        """Refuse new requests and wait for the open ones; False when some were left after `timeout_s`."""
+        self._draining = True
+        return await asyncio.to_thread(self._wait_until_idle, timeout_s)
+
+    def stop(self) -> None:
+        """End the thread; requests still open end with reason "abort"."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def _wait_until_idle(self, timeout_s: float | None) -> bool:
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._streams, timeout_s)
+
+    def _run(self) -> None:
+        self._engine.prepare_thread()
+        while self._wait_for_work():
+            try:
+                self._take_commands()
+                outputs, stats = self._engine.step()
+            except Exception as error:
+                logger.exception("the engine's step failed; all its requests end with an error")
+                self._deliver(self._engine.fail_all(MHRError(f"the engine failed: {error}; try again")))
+                continue
+            self._deliver(outputs)
+            if self._on_step is not None and stats is not None:
+                self._on_step(stats)
+        self._end_all()
+
+    def _wait_for_work(self) -> bool:
+        """Block until there is something to do; False when the service stops."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._stopping or self._arrivals or self._aborts or self._engine.has_work
+            )
+            return not self._stopping
+
+    def _take_commands(self) -> None:
+        with self._changed:
+            arrivals, self._arrivals = self._arrivals, deque()
+            aborts, self._aborts = self._aborts, deque()
+        for arrival in arrivals:
+            self._engine.add(arrival.request, arrival.arrival_s)
+        for request_id in aborts:
+            self._engine.abort(request_id)
+
+    def _end_all(self) -> None:
+        self._take_commands()
+        self._deliver(self._engine.abort_all())
+
+    def _deliver(self, outputs: Iterable[Output]) -> None:
+        """Hand outputs to their streams, with one wake-up per event loop."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[TokenStream, Output]]] = {}
+        with self._changed:
+            for output in outputs:
+                finished = isinstance(output, FinishOutput)
+                streams = self._streams
+                stream = streams.pop(output.request_id) if finished else streams[output.request_id]
+                by_loop.setdefault(stream.loop, []).append((stream, output))
+            self._changed.notify_all()
+        for loop, pairs in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_put_all, pairs)
+            except RuntimeError:  # the reader's event loop is closed: nobody reads these requests any more
+                for stream, _ in pairs:
+                    self.abort(stream.request_id)
+
+
+def _put_all(pairs: Iterable[tuple[TokenStream, Output]]) -> None:
+    for stream, output in pairs:
+        stream.put(output)
