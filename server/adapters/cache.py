@@ -6,7 +6,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 
 from server.adapters.assembly import Adapter
@@ -37,6 +37,14 @@ class _Entry:
     adapter: Adapter
     num_bytes: int
     pins: int = 0
+
+
+@dataclass
+class _Assembly:
+    """One assembly under way."""
+
+    done: Future[_Entry] = field(default_factory=Future)
+    waiters: int = 0  # threads that wait for it; the entry comes in pinned once for each
 
 
 class PinnedAdapter:
@@ -73,7 +81,7 @@ class AdapterCache:
         self._budget_bytes = budget_bytes
         self._lock = threading.Lock()
         self._entries: OrderedDict[str, _Entry] = OrderedDict()  # least recently used first
-        self._pending: dict[str, Future[_Entry]] = {}  # assemblies under way
+        self._assemblies: dict[str, _Assembly] = {}
         self._bytes = 0
         self._counts: Counter[str] = Counter()
         self._evictions: Counter[str] = Counter()
@@ -88,18 +96,20 @@ class AdapterCache:
             entry = self._entries.get(key)
             if entry is not None:
                 self._counts["hits"] += 1
-                return self._pin(key, entry)
-            pending = self._pending.get(key)
-            if pending is None:
+                entry.pins += 1
+                self._entries.move_to_end(key)
+                return self._pinned(key, entry)
+            assembly = self._assemblies.get(key)
+            mine = assembly is None
+            if assembly is None:
                 self._counts["misses"] += 1
-                mine = self._pending[key] = Future()
+                assembly = self._assemblies[key] = _Assembly()
             else:
                 self._counts["joined"] += 1
-        if pending is None:
-            return self._assemble(key, build, mine)
-        entry = pending.result()
-        with self._lock:
-            return self._pin(key, entry)
+                assembly.waiters += 1
+        if mine:
+            self._assemble(key, build, assembly)
+        return self._pinned(key, assembly.done.result())
 
     def stats(self) -> CacheStats:
         """A consistent snapshot for metrics."""
@@ -126,38 +136,30 @@ class AdapterCache:
             assert self._bytes == sum(entry.num_bytes for entry in entries), "bytes disagree with the entries"
             assert all(entry.num_bytes == entry.adapter.num_bytes for entry in entries), "an entry changed its size"
             assert all(entry.pins >= 0 for entry in entries), "an entry was released more often than pinned"
-            assert not self._entries.keys() & self._pending.keys(), "a key is both held and under assembly"
+            assert not self._entries.keys() & self._assemblies.keys(), "a key is both held and under assembly"
             unpinned = any(entry.pins == 0 for entry in entries)
             assert self._bytes <= self._budget_bytes or not unpinned, "over budget while entries could be evicted"
 
-    def _assemble(self, key: str, build: Callable[[], Adapter], pending: Future[_Entry]) -> PinnedAdapter:
+    def _assemble(self, key: str, build: Callable[[], Adapter], assembly: _Assembly) -> None:
         try:
             adapter = build()
             entry = _Entry(adapter, adapter.num_bytes)
         except BaseException as error:
             with self._lock:
                 self._counts["failures"] += 1
-                del self._pending[key]
-            pending.set_exception(error)
-            raise
+                del self._assemblies[key]
+            assembly.done.set_exception(error)
+            return
         with self._lock:
-            del self._pending[key]
-            pinned = self._pin(key, entry)
-        pending.set_result(entry)
-        return pinned
-
-    def _pin(self, key: str, entry: _Entry) -> PinnedAdapter:
-        """Pin what is held under `key`, lock held; `entry` comes in when nothing is."""
-        if key not in self._entries:
+            del self._assemblies[key]
+            entry.pins = 1 + assembly.waiters
             self._entries[key] = entry
             self._bytes += entry.num_bytes
-            entry.pins += 1
             self._make_room()
             self._counts["over_budget"] += self._bytes > self._budget_bytes
-        else:
-            entry = self._entries[key]
-            entry.pins += 1
-            self._entries.move_to_end(key)
+        assembly.done.set_result(entry)
+
+    def _pinned(self, key: str, entry: _Entry) -> PinnedAdapter:
         return PinnedAdapter(key, entry.adapter, lambda: self._unpin(entry))
 
     def _unpin(self, entry: _Entry) -> None:

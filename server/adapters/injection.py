@@ -16,7 +16,7 @@ def linear_sizes(
     model: PreTrainedModel, wanted: Callable[[str], bool] = lambda name: True
 ) -> dict[str, tuple[int, int]]:
     """{name: (d_in, d_out)} of the model's adaptable linears: all but its output embedding, wrapped or not."""
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     sizes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
         if module is head or isinstance(module, AdaptedLinear):
@@ -44,7 +44,11 @@ def inject(model: PreTrainedModel) -> AdapterContext:
 
 def check_fits(model: PreTrainedModel, needed: Mapping[str, tuple[int, int]]) -> None:
     """Raise InvalidInput when a needed linear {name: (d_in, d_out)} is missing in the model or of another size."""
-    sizes = linear_sizes(model)
+    check_sizes(linear_sizes(model), needed)
+
+
+def check_sizes(sizes: Mapping[str, tuple[int, int]], needed: Mapping[str, tuple[int, int]]) -> None:
+    """As `check_fits`, for a backbone of which only the `linear_sizes` are at hand."""
     for name, size in needed.items():
         if name not in sizes:
             raise InvalidInput(f"the backbone has no linear named {name!r}")

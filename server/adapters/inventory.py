@@ -65,6 +65,7 @@ class Inventory:
     def __post_init__(self) -> None:
         if not self.A or list(self.A) != list(self.B):
             raise InvalidInput("an inventory needs A and B for at least one linear, and for the same linears")
+        _check_dimensions(self.A, self.B)
         for linear in self.A:
             _check_linear(linear, self.A[linear], self.B[linear], self.num_heads, self.num_skills, self.rank)
         expected = self.routing_shape
@@ -164,9 +165,18 @@ def check_heads(linear: str, d_in: int, d_out: int, num_heads: int) -> None:
         )
 
 
+def _check_dimensions(A: Mapping[str, Tensor], B: Mapping[str, Tensor]) -> None:
+    for linear in A:
+        for letter, tensor in (("A", A[linear]), ("B", B[linear])):
+            if tensor.dim() != 4 or 0 in tensor.shape:
+                raise InvalidInput(
+                    f"linear {linear!r}: {letter} has shape {tuple(tensor.shape)}, expected four sizes of at least 1"
+                )
+
+
 def _check_linear(linear: str, A: Tensor, B: Tensor, num_heads: int, num_skills: int, rank: int) -> None:
     wanted = (num_heads, num_skills)
-    if A.dim() != 4 or B.dim() != 4 or A.shape[:2] != wanted or B.shape[:2] != wanted:
+    if A.shape[:2] != wanted or B.shape[:2] != wanted:
         raise InvalidInput(
             f"linear {linear!r}: A {tuple(A.shape)} and B {tuple(B.shape)} do not both begin with (h, K) = {wanted}"
         )
