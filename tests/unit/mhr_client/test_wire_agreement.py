@@ -1,0 +1,55 @@
+"""The client's types have exactly the fields of the server's wire models."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import pytest
+from pydantic import BaseModel
+
+from mhr_client import types
+from server.api import schemas
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        (types.Generation, schemas.GenerateAnswer),
+        (types.Output, schemas.OutputView),
+        (types.Usage, schemas.UsageView),
+        (types.Timing, schemas.TimingView),
+        (types.Logprob, schemas.LogprobView),
+        (types.TokenLogprob, schemas.TokenView),
+        (types.Score, schemas.ScoreView),
+        (types.JobInfo, schemas.JobView),
+        (types.JobEvent, schemas.EventView),
+        (types.Task, schemas.TaskDetail),
+        (types.Version, schemas.VersionView),
+        (types.Inventory, schemas.InventoryDetail),
+        (types.Info, schemas.Info),
+        (types.Backbone, schemas.BackboneView),
+    ],
+)
+def test_answers(ours: type, theirs: type[BaseModel]) -> None:
+    assert {field.name for field in dataclasses.fields(ours)} == theirs.model_fields.keys()
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "apart"),
+    [
+        (types.Parameters, schemas.Parameters, set()),
+        (types.Defaults, schemas.GenerationDefaults, set()),
+        (types.TaskOptions, schemas.TaskPut, set()),
+        (types.TaskChange, schemas.TaskPatch, set()),
+        (types.AdaptOptions, schemas.AdaptRequest, {"task_id", "examples"}),
+    ],
+)
+def test_requests(ours: type, theirs: type[BaseModel], apart: set[str]) -> None:
+    assert set(typing.get_type_hints(ours)) - {"idempotency_key"} == theirs.model_fields.keys() - apart
+
+
+def test_names_of_methods_and_states() -> None:
+    assert set(typing.get_args(types.Method)) == set(typing.get_args(schemas.Method))
+    assert set(typing.get_args(types.JobStatus)) == set(typing.get_args(schemas.JobStatus))
+    assert set(typing.get_args(types.JobStatus)) > types.FINISHED
