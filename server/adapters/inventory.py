@@ -94,6 +94,14 @@ class Inventory:
         return self.alpha / self.rank
 
     @property
+    def linear_sizes(self) -> dict[str, tuple[int, int]]:
+        """{linear: (d_in, d_out)}."""
+        return {
+            linear: (self.num_heads * A.shape[2], self.num_heads * self.B[linear].shape[3])
+            for linear, A in self.A.items()
+        }
+
+    @property
     def routing_shape(self) -> tuple[int, int, int]:
         """(L, h, K)."""
         return len(self.A), self.num_heads, self.num_skills
