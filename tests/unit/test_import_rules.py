@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCE_DIRS = {"server": ROOT, "adapters_store": ROOT, "mhr_client": ROOT / "clients" / "python"}
 TORCH_FREE = ("server.errors", "server.engine.request", "server.engine.scheduler", "server.engine.kv_cache")
+
+# Imported by name, and always there because the package that is meant by it depends on it.
+BROUGHT_ALONG = {"starlette": "fastapi"}
 
 
 def _module_name(path: Path, base: Path) -> str:
@@ -125,6 +131,26 @@ def test_client_imports_only_httpx_and_the_standard_library(module: str) -> None
 @pytest.mark.parametrize("forbidden", ["fastapi", "server.api"])
 def test_engine_and_training_know_no_http(module: str, forbidden: str) -> None:
     assert _path_to(module, forbidden) is None
+
+
+def _declared_dependencies(path: str) -> set[str]:
+    project = tomllib.loads((ROOT / path).read_text(encoding="utf-8"))["project"]
+    return {_normal(re.split(r"[\[<>=]", requirement)[0]) for requirement in project["dependencies"]}
+
+
+def _normal(distribution: str) -> str:
+    return re.sub(r"[-_.]+", "-", distribution).lower()
+
+
+def test_every_import_is_a_declared_dependency() -> None:
+    """What is imported in `server` and `adapters_store` outside of tests must be installed with them."""
+    declared = _declared_dependencies("pyproject.toml")
+    of_module = packages_distributions()
+    modules = _modules_of("server") + _modules_of("adapters_store")
+    tops = {name.split(".")[0] for module in modules for name in GRAPH[module]}
+    foreign = tops - sys.stdlib_module_names - set(SOURCE_DIRS)
+    undeclared = {top for top in foreign if not {_normal(name) for name in of_module.get(top, [top])} & declared}
+    assert undeclared <= BROUGHT_ALONG.keys()
 
 
 def test_only_metrics_imports_prometheus_client() -> None:
