@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from adapters_store.errors import InvalidValue
 from adapters_store.files import make_directories, remove_temporary, replace_durably
+from adapters_store.values import JOB_ID
 
-_JOB_ID = re.compile(r"job-[0-9a-f]{16}")
 _SUFFIX = ".ckpt"
 _DIGEST_BYTES = 32
 
@@ -55,6 +54,6 @@ class CheckpointFiles:
         return remove_temporary(self._root, min_age_s)
 
     def _path(self, job_id: str) -> Path:
-        if _JOB_ID.fullmatch(job_id) is None:
+        if JOB_ID.fullmatch(job_id) is None:
             raise InvalidValue("job_id", f"{job_id!r} is not a job id.")
         return self._root / f"{job_id}{_SUFFIX}"

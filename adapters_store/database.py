@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import sqlite3
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +22,6 @@ from sqlalchemy.orm import Session
 
 from adapters_store.errors import CatalogUnavailable, InvalidValue
 from adapters_store.migrate import migrate
-from adapters_store.values import to_json
 
 # Another process may hold the write lock while it imports thousands of tasks.
 _BUSY_TIMEOUT_S = 30.0
@@ -107,7 +107,7 @@ _URL_FORMS = "use sqlite:////absolute/path/catalog.sqlite3 or postgresql://user:
 
 
 def _create_engine(url: URL) -> Engine:
-    options: dict[str, Any] = {"json_serializer": to_json, "hide_parameters": True}
+    options: dict[str, Any] = {"hide_parameters": True}
     if url.get_backend_name() == "sqlite":
         options["connect_args"] = {"timeout": _BUSY_TIMEOUT_S, "isolation_level": None}
     else:
@@ -128,9 +128,21 @@ def _create_engine(url: URL) -> Engine:
 
 def _prepare_sqlite(connection: sqlite3.Connection, _record: object) -> None:
     connection.execute("PRAGMA foreign_keys = ON")
-    connection.execute("PRAGMA journal_mode = WAL")
+    _enter_wal(connection)
     # What was answered to a user must outlast a power cut, so every commit reaches the disk.
     connection.execute("PRAGMA synchronous = FULL")
+
+
+def _enter_wal(connection: sqlite3.Connection) -> None:
+    """Switch the file to WAL, once and for all; SQLite does not wait for others here, so this does."""
+    deadline = time.monotonic() + _BUSY_TIMEOUT_S
+    while connection.execute("PRAGMA journal_mode").fetchone() != ("wal",):
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+        except sqlite3.OperationalError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
 
 
 def _begin_sqlite(connection: Connection) -> None:

@@ -16,9 +16,10 @@ from sqlalchemy import (
     Text,
     TypeDecorator,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, validates
 
 from adapters_store.records import InventoryRecord, JobEvent, JobRecord, TaskRecord, VersionRecord
+from adapters_store.values import plain_json
 
 # Ids sort by byte everywhere, so that a cursor means the same on every backend.
 Id = String(128).with_variant(String(128, collation="C"), "postgresql")
@@ -44,7 +45,15 @@ class Base(DeclarativeBase):
     type_annotation_map = {datetime: UtcDateTime, dict[str, Any]: JSON}  # noqa: RUF012 - SQLAlchemy's own hook
 
 
-class InventoryRow(Base):
+class HoldsJson:
+    """Keeps JSON columns as they will read after storing, whatever the caller does to its own objects."""
+
+    @validates("details", "defaults", "metrics", "request", "progress", "data")
+    def _as_stored(self, key: str, value: dict[str, Any]) -> dict[str, Any]:
+        return plain_json("metadata" if key == "details" else key, value)
+
+
+class InventoryRow(HoldsJson, Base):
     __tablename__ = "inventories"
 
     name: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -74,7 +83,7 @@ class InventoryRow(Base):
         )
 
 
-class TaskRow(Base):
+class TaskRow(HoldsJson, Base):
     __tablename__ = "tasks"
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -99,7 +108,7 @@ class TaskRow(Base):
         )
 
 
-class VersionRow(Base):
+class VersionRow(HoldsJson, Base):
     __tablename__ = "versions"
 
     task_id: Mapped[str] = mapped_column(Id, ForeignKey("tasks.id", ondelete="CASCADE"), primary_key=True)
@@ -132,7 +141,7 @@ class VersionRow(Base):
         )
 
 
-class JobRow(Base):
+class JobRow(HoldsJson, Base):
     """A job. `seq` orders jobs by creation whatever the clock does; `last_event` counts its events."""
 
     __tablename__ = "jobs"
@@ -178,7 +187,7 @@ class JobRow(Base):
         )
 
 
-class EventRow(Base):
+class EventRow(HoldsJson, Base):
     __tablename__ = "job_events"
 
     job_id: Mapped[str] = mapped_column(String(32), ForeignKey("jobs.id", ondelete="CASCADE"), primary_key=True)

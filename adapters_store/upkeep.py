@@ -22,6 +22,7 @@ from adapters_store.models import Base, InventoryRow, VersionRow
 from adapters_store.records import BackupReport, Damage, GcReport
 
 _ROWS_AT_ONCE = 1000
+_BYTES_AT_ONCE = 64 * 2**20
 
 
 def verify(database: Database, blobs: BlobStore) -> list[Damage]:
@@ -30,9 +31,10 @@ def verify(database: Database, blobs: BlobStore) -> list[Damage]:
     with database.read() as session:
         used = _used_blobs(session)
     for digest, (size, users) in sorted(used.items()):
-        problem = _blob_problem(blobs, digest, size)
-        if problem is not None:
-            damages.append(Damage(digest, blobs.path(digest), problem, tuple(users)))
+        try:
+            blobs.get(digest)
+        except (BlobMissing, BlobDamaged) as error:
+            damages.append(_damage(error, size, users))
     return damages
 
 
@@ -98,18 +100,15 @@ def _used_blobs(session: Session) -> dict[str, tuple[int, list[str]]]:
     return used
 
 
-def _blob_problem(
-    blobs: BlobStore, digest: str, size: int
-) -> Literal["missing", "truncated", "altered", "unreadable"] | None:
-    try:
-        blobs.get(digest)
-    except BlobMissing:
-        return "missing"
-    except BlobDamaged as error:
-        if isinstance(error.__cause__, OSError):
-            return "unreadable"
-        return "truncated" if blobs.size(digest) < size else "altered"
-    return None
+def _damage(error: BlobMissing | BlobDamaged, size: int, users: list[str]) -> Damage:
+    problem: Literal["missing", "truncated", "altered", "unreadable"]
+    if isinstance(error, BlobMissing):
+        problem = "missing"
+    elif isinstance(error.__cause__, OSError):
+        problem = "unreadable"
+    else:
+        problem = "truncated" if error.path.stat().st_size < size else "altered"
+    return Damage(error.digest, error.path, problem, tuple(users))
 
 
 def _catalog_damage(database: Database) -> list[Damage]:
@@ -138,19 +137,26 @@ def _copy_rows(database: Database, directory: Path) -> None:
 
 
 def _copy_blobs(blobs: BlobStore, directory: Path, target: Path) -> BackupReport:
-    database = Database(catalog_url(directory, None))
+    copy = Database(catalog_url(directory, None))
     try:
-        with database.read() as session:
+        with copy.read() as session:
             used = _used_blobs(session)
     finally:
-        database.close()
+        copy.close()
     copies = BlobStore(directory / "blobs")
-    copied, damages = 0, []
+    damages: list[Damage] = []
+    batch: list[bytes] = []
+    copied = batch_bytes = 0
     for digest, (size, users) in sorted(used.items()):
-        problem = _blob_problem(blobs, digest, size)
-        if problem is None:
-            copies.put(blobs.get(digest))
-            copied += size
-        else:
-            damages.append(Damage(digest, blobs.path(digest), problem, tuple(users)))
+        try:
+            batch.append(blobs.get(digest))
+        except (BlobMissing, BlobDamaged) as error:
+            damages.append(_damage(error, size, users))
+            continue
+        copied += size
+        batch_bytes += size
+        if batch_bytes >= _BYTES_AT_ONCE:
+            copies.put_many(batch)
+            batch, batch_bytes = [], 0
+    copies.put_many(batch)
     return BackupReport(path=target, blobs=len(used) - len(damages), size_bytes=copied, damaged=tuple(damages))

@@ -6,16 +6,19 @@ import json
 import math
 import re
 import secrets
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 from adapters_store.errors import InvalidValue
 
+JOB_ID = re.compile(r"job-[0-9a-f]{16}")
 TASK_ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 RESERVED_TASK_IDS = frozenset({"base", "mu"})
 INVENTORY_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 MAX_PAGE = 1000
 MAX_KEY_LENGTH = 255
+MAX_INTEGER = 2**31 - 1
 
 
 def utc_now() -> datetime:
@@ -76,20 +79,29 @@ def check_limit(limit: int) -> None:
         raise InvalidValue("limit", f"limit is {limit}; use 1 to {MAX_PAGE}.")
 
 
-def to_json(value: Any) -> str:
-    """The JSON of a value, with null for NaN and infinities, which JSON lacks."""
-    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False)
+def plain_json(field: str, value: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of the object as it reads after storing: lists for tuples, None for NaN and infinities.
+
+    Raises InvalidValue for what JSON cannot hold.
+    """
+    try:
+        copy = json.loads(json.dumps(_finite(value)))
+    except (TypeError, ValueError) as error:
+        raise InvalidValue(field, f"{field} cannot be kept as JSON: {error}.") from None
+    if not isinstance(copy, dict):
+        raise InvalidValue(field, f"{field} is not a JSON object.")
+    return copy
 
 
-def canonical_json(value: Any) -> str:
-    """The same text for equal values: `to_json` with sorted keys."""
-    return json.dumps(_finite(value), separators=(",", ":"), allow_nan=False, sort_keys=True)
+def canonical_json(value: Mapping[str, Any]) -> str:
+    """The same text for equal values."""
+    return json.dumps(_finite(value), sort_keys=True)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_finite(item) for item in value]

@@ -9,10 +9,11 @@ from sqlalchemy.orm import Session
 
 from adapters_store.errors import NotFound
 from adapters_store.models import InventoryRow
+from adapters_store.values import INVENTORY_NAME
 
 
 def find_inventory(session: Session, name: str) -> InventoryRow | None:
-    return session.get(InventoryRow, name)
+    return session.get(InventoryRow, name) if INVENTORY_NAME.fullmatch(name) else None
 
 
 def get_inventory(session: Session, name: str) -> InventoryRow:

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from adapters_store.errors import Conflict, InvalidValue, LeaseLost, NotFound
 from adapters_store.models import EventRow, JobRow
 from adapters_store.records import JobRecord, JobStatus, Json, Page
-from adapters_store.values import canonical_json, new_job_id
+from adapters_store.values import JOB_ID, MAX_INTEGER, TASK_ID, canonical_json, new_job_id
 
 STATUSES: tuple[JobStatus, ...] = ("queued", "running", "succeeded", "failed", "cancelled")
 FINISHED: tuple[JobStatus, ...] = ("succeeded", "failed", "cancelled")
@@ -25,7 +25,7 @@ _EVENT_TYPE = re.compile(r"[a-z0-9._-]{1,64}")
 
 def get_job(session: Session, job_id: str) -> JobRow:
     """Raises NotFound."""
-    row = session.scalar(select(JobRow).where(JobRow.id == job_id))
+    row = session.scalar(select(JobRow).where(JobRow.id == job_id)) if JOB_ID.fullmatch(job_id) else None
     if row is None:
         raise NotFound(f"there is no job {job_id!r}; `mhr jobs list` shows those there are.")
     return row
@@ -76,6 +76,8 @@ def list_jobs(
             raise InvalidValue("status", f"{status!r} is no status of a job; use {', '.join(STATUSES)}.")
         query = query.where(JobRow.status == status)
     if task_id is not None:
+        if TASK_ID.fullmatch(task_id) is None:
+            return Page([], None)
         query = query.where(JobRow.task_id == task_id)
     rows = session.scalars(query).all()
     next_cursor = str(rows[limit - 1].seq) if len(rows) > limit else None
@@ -197,7 +199,7 @@ def append_event(session: Session, row: JobRow, event_type: str, data: Json, now
 
 def list_events(session: Session, row: JobRow, after: int) -> Sequence[EventRow]:
     """The job's events with a seq greater than `after`, in order."""
-    query = select(EventRow).where(EventRow.job_id == row.id, EventRow.seq > after)
+    query = select(EventRow).where(EventRow.job_id == row.id, EventRow.seq > min(after, MAX_INTEGER))
     return session.scalars(query.order_by(EventRow.seq)).all()
 
 

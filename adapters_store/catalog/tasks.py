@@ -14,7 +14,7 @@ from adapters_store.catalog.inventories import get_inventory
 from adapters_store.errors import Conflict, InvalidValue, NotFound
 from adapters_store.models import InventoryRow, TaskRow, VersionRow
 from adapters_store.records import Json, Page, TaskRecord, TaskSeed, VersionKind
-from adapters_store.values import check_task_id, check_text
+from adapters_store.values import MAX_INTEGER, TASK_ID, check_task_id, check_text, plain_json
 
 _CHUNK = 500
 _PREFIX = re.compile(r"[a-z0-9._-]*")
@@ -22,7 +22,7 @@ _AFTER_ID_CHARACTERS = "\x7f"  # sorts after every character of an id
 
 
 def find_task(session: Session, task_id: str) -> TaskRow | None:
-    return session.get(TaskRow, task_id)
+    return session.get(TaskRow, task_id) if TASK_ID.fullmatch(task_id) else None
 
 
 def get_task(session: Session, task_id: str) -> TaskRow:
@@ -118,7 +118,7 @@ def insert_seeds(
             "defaults": {},
             "inventory": inventory.name,
             "served_version": 1,
-            "details": seed.metadata,
+            "details": plain_json("metadata", seed.metadata),
             "created_at": now,
             "updated_at": now,
         }
@@ -207,7 +207,7 @@ def add_version(session: Session, task: TaskRow, new: NewVersion, *, promote: bo
 
 def find_version(session: Session, task: TaskRow, number: int) -> VersionRow:
     """Raises NotFound."""
-    row = session.get(VersionRow, (task.id, number))
+    row = session.get(VersionRow, (task.id, number)) if 0 < number <= MAX_INTEGER else None
     if row is None:
         raise NotFound(f"the task {task.id!r} has no version {number}; `mhr tasks show {task.id}` lists its versions.")
     return row
