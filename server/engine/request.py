@@ -85,7 +85,7 @@ class EngineRequest:
     id: str
     task: str
     prompt_token_ids: tuple[int, ...]
-    sampling: SamplingParams = SamplingParams()
+    sampling: SamplingParams = field(default_factory=SamplingParams)
     adapter: AdapterHandle | None = None  # None is the bare backbone
     score_token_ids: tuple[int, ...] | None = None
 
@@ -167,6 +167,7 @@ class Sequence:
     num_computed_tokens: int = 0
     kv_slot: int | None = None
     adapter_slot: int | None = None
+    values_checked: bool = False  # the logits of its last computed token were finite, so its cached values are
     token_logprobs: list[float] = field(default_factory=list)  # of scored tokens
     first_scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -193,9 +194,7 @@ class Sequence:
         """Tokens that must be computed before the first token comes out; nothing follows a last scored token."""
         return len(self.token_ids) - 1 if self.scoring else self.num_prompt_tokens
 
-    def finish(
-        self, reason: FinishReason, now_s: float, error: MHRError | None = None
-    ) -> FinishOutput:
+    def finish(self, reason: FinishReason, now_s: float, error: MHRError | None = None) -> FinishOutput:
         """Mark the sequence finished and make its last event."""
         assert self.status is not Status.FINISHED, f"request {self.request.id} finished twice"
         self.status = Status.FINISHED

@@ -168,9 +168,7 @@ class EngineService:
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when the service stops."""
         with self._changed:
-            self._changed.wait_for(
-                lambda: self._stopping or self._arrivals or self._aborts or self._engine.has_work
-            )
+            self._changed.wait_for(lambda: self._stopping or self._arrivals or self._aborts or self._engine.has_work)
             return not self._stopping
 
     def _take_commands(self) -> None:

@@ -1,0 +1,120 @@
+"""All tensor work of a step on one transformers model."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from server.adapters.adapted_linear import AdapterContext
+from server.adapters.injection import linear_sizes
+from server.adapters.slots import AdapterSlots, InputGroupFinder
+from server.engine.attention import AttentionSwitch, CachedAttention
+from server.engine.batch import Batch, build_batch
+from server.engine.config import EngineConfig
+from server.engine.request import EngineRequest, Sequence, Status
+from server.engine.scheduler import PrefillChunk, StepPlan
+from server.engine.servable import check_config
+from server.errors import InvalidInput
+
+_PROBE_LENGTH = 8
+_PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # of the largest logit; other types below
+_PROBE_TOLERANCE_16_BIT = 5e-2
+
+
+class Runner:
+    """Runs steps on a model whose linears were injected with `context`.
+
+    The model stays usable by others between steps, in the same thread; one runner at a time owns it.
+    Raises InvalidInput when the model cannot be served exactly.
+    """
+
+    def __init__(self, model: PreTrainedModel, context: AdapterContext, config: EngineConfig) -> None:
+        check_config(model.config, config.max_context)
+        model.train(False)
+        self._model = model
+        self._context = context
+        self._config = config
+        self._device = model.device
+        self._attention = CachedAttention(config.max_batch, config.max_context)
+        self._switch = AttentionSwitch(model, self._attention)
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
+        self._slots = self._make_slots()
+        self._probe()
+
+    def admit(self, sequence: Sequence) -> None:
+        """Bring the sequence's adapter into a slot. Raises AdapterUnavailable when it does not fit the model."""
+        handle = sequence.request.adapter
+        if handle is not None:
+            with torch.inference_mode():
+                sequence.adapter_slot = self._slots.acquire(handle.key, handle.adapter)
+
+    def release(self, sequence: Sequence) -> None:
+        """Give up what the sequence holds here; call it before its cache slot is freed."""
+        handle = sequence.request.adapter
+        if handle is not None and sequence.adapter_slot is not None:
+            self._slots.release(handle.key)
+            sequence.adapter_slot = None
+        if sequence.kv_slot is not None and not sequence.values_checked:
+            with torch.inference_mode():
+                self._attention.clear(sequence.kv_slot, len(sequence.token_ids))
+
+    def prepare(self, plan: StepPlan) -> Batch:
+        """The tensors of a step."""
+        return build_batch(plan, self._slots, self._config.max_context, self._device)
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> Tensor:
+        """One forward pass -> logits (S, vocabulary) in fp32 of the batch's logit rows."""
+        with self._context.use(batch.mix), self._attention.use(batch.attention), self._switch.engaged():
+            output = self._model(
+                input_ids=batch.token_ids,
+                position_ids=batch.positions,
+                use_cache=False,
+                logits_to_keep=batch.logit_rows,
+            )
+        logits: Tensor = output.logits
+        return logits[0].float()
+
+    def check_integrity(self) -> None:
+        """Assert that the adapters' slots are accounted for."""
+        self._slots.check_integrity()
+
+    @torch.inference_mode()
+    def _make_slots(self) -> AdapterSlots:
+        finder = InputGroupFinder()
+        with self._context.use(finder):
+            self._model(input_ids=self._probe_tokens()[:, :1], use_cache=False)
+        return AdapterSlots(
+            linear_sizes(self._model),
+            self._config.num_adapter_slots,
+            dtype=self._model.dtype,
+            device=self._device,
+            input_groups=finder.groups,
+        )
+
+    def _probe_tokens(self) -> Tensor:
+        """Tokens (1, T) spread over the vocabulary."""
+        length = min(_PROBE_LENGTH, self._config.max_context)
+        return torch.linspace(1, self.vocab_size - 1, length, device=self._device).long()[None]
+
+    @torch.inference_mode()
+    def _probe(self) -> None:
+        """Compare the cached path (two chunks, then one token) with the model's own forward pass."""
+        tokens = self._probe_tokens()
+        expected = self._model(input_ids=tokens, use_cache=False).logits[0, -1].float()
+        length = tokens.shape[1]
+        sequence = Sequence(EngineRequest("probe", "probe", tuple(tokens[0].tolist())), arrival_s=0.0, kv_slot=0)
+        for start, stop in ((0, length // 2), (length // 2, length - 1)):
+            if start < stop:
+                self.run(self.prepare(StepPlan((), (), (PrefillChunk(sequence, start, stop),))))
+        sequence.num_computed_tokens, sequence.status = length - 1, Status.RUNNING
+        actual = self.run(self.prepare(StepPlan((), (sequence,), ())))[0]
+        self._attention.clear(0, length)
+        tolerance = _PROBE_TOLERANCE.get(self._model.dtype, _PROBE_TOLERANCE_16_BIT)
+        difference = (actual - expected).abs().max().item()
+        if not difference <= tolerance * max(1.0, expected.abs().max().item()):
+            raise InvalidInput(
+                f"the backbone {type(self._model).__name__} cannot be served exactly: with a key-value cache its "
+                f"logits differ by {difference:.3g} from its own forward pass; choose another backbone"
+            )
