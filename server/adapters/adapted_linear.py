@@ -61,7 +61,9 @@ class AdaptedLinear(nn.Module):
 class TaskRows:
     """The mix of a padded batch (B, T): N tasks' adapters and, for every sequence, which one is its own.
 
-    Differentiable in the adapters, so training uses it.
+    Differentiable in the adapters, so training uses it. Every row meets all N adapters side by side and a
+    mask keeps its own: two matrix products, where gathering one adapter per row would copy each of them,
+    and scatter as many gradients on the way back.
     """
 
     adapters: Mapping[str, tuple[Tensor, Tensor]]  # linear -> A (N, d_in, r), B (N, r, d_out), scaling folded in
@@ -73,7 +75,14 @@ class TaskRows:
         if pair is None:
             return y
         A, B = pair
-        if A.shape[0] == 1:
-            return y + (x @ A[0]) @ B[0]
-        hidden = torch.bmm(x, A.index_select(0, self.rows))  # (B, T, r)
-        return torch.baddbmm(y, hidden, B.index_select(0, self.rows))
+        num_tasks, d_in, rank = A.shape
+        hidden = x @ A.transpose(0, 1).reshape(d_in, num_tasks * rank)  # (B, T, N * r)
+        if num_tasks > 1:
+            hidden = hidden * self._own(num_tasks, rank, hidden.dtype)
+        wide = torch.addmm(y.flatten(0, 1), hidden.flatten(0, 1), B.reshape(num_tasks * rank, -1))
+        return wide.view_as(y)
+
+    def _own(self, num_tasks: int, rank: int, dtype: torch.dtype) -> Tensor:
+        """(B, 1, N * r): one where a sequence meets its own task's adapter, else zero."""
+        one_hot = nn.functional.one_hot(self.rows, num_tasks).to(dtype)
+        return one_hot.repeat_interleave(rank, dim=1)[:, None]

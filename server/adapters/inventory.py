@@ -7,17 +7,15 @@ metadata key `mhr` with everything else.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
+from server.adapters.documents import read_document, write_document
 from server.errors import InvalidInput
 
 FORMAT = "mhr-inventory-1"
@@ -125,12 +123,11 @@ class Inventory:
 
     def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:
         """The inventory as one safetensors document, tensors cast to `dtype`."""
-        tensors = {f"{linear}.A": t.to(dtype).contiguous() for linear, t in self.A.items()}
-        tensors |= {f"{linear}.B": t.to(dtype).contiguous() for linear, t in self.B.items()}
+        tensors = {f"{linear}.A": t.to(dtype) for linear, t in self.A.items()}
+        tensors |= {f"{linear}.B": t.to(dtype) for linear, t in self.B.items()}
         if self.routings:
             tensors["routing"] = torch.stack([t.to(dtype) for t in self.routings.values()])
         document = {
-            "format": FORMAT,
             "alpha": self.alpha,
             "backbone_fingerprint": self.backbone_fingerprint,
             "backbone_name": self.backbone_name,
@@ -140,13 +137,12 @@ class Inventory:
             "tasks": {task: asdict(about) for task, about in self.tasks.items()},
             "training": dict(self.training),
         }
-        return safetensors.torch.save(tensors, metadata={"mhr": json.dumps(document)})
+        return write_document(FORMAT, document, tensors)
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Inventory:
         """Read a document made by `to_bytes`. Raises InvalidInput when it is not one."""
-        document = _read_document(data)
-        tensors = safetensors.torch.load(data)
+        document, tensors = read_document(FORMAT, data)
         try:
             linears = document["linears"]
             return cls(
@@ -190,16 +186,3 @@ def _check_linear(linear: str, A: Tensor, B: Tensor, num_heads: int, num_skills:
         )
     if A.shape[3] != rank or B.shape[2] != rank:
         raise InvalidInput(f"linear {linear!r}: A {tuple(A.shape)} and B {tuple(B.shape)} are not of rank {rank}")
-
-
-def _read_document(data: bytes) -> dict[str, Any]:
-    try:
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(data[8 : 8 + length])
-        document: dict[str, Any] = json.loads(header["__metadata__"]["mhr"])
-        safetensors.torch.load(data)
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise InvalidInput("not an inventory file: expected a safetensors file with an 'mhr' document") from error
-    if document.get("format") != FORMAT:
-        raise InvalidInput(f"unknown inventory format {document.get('format')!r}; this server reads {FORMAT!r}")
-    return document

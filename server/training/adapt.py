@@ -1,0 +1,296 @@
+"""Few-shot adaptation: a new task learnt from a handful of examples, by any method of the paper."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Protocol
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from server.adapters.assembly import Adapter
+from server.adapters.injection import inject, linear_sizes
+from server.adapters.inventory import Inventory
+from server.backbone import Backbone
+from server.errors import InvalidInput
+from server.training.batches import Batch, BatchSampler, EncodedExample, collate, encode_examples
+from server.training.examples import Example, hold_out
+from server.training.learners import (
+    FixedLearner,
+    Learner,
+    PlainLearner,
+    RoutedLearner,
+    fresh_adapter,
+    mean_learner,
+    routing_learner,
+)
+from server.training.trainer import Trainer, TrainerConfig
+
+_VALIDATION_BATCH = 16
+
+
+class Method(StrEnum):
+    """What is learnt of a new task (the table of variants in docs/notation.md)."""
+
+    MHR = "mhr"
+    MHR_Z = "mhr-z"
+    MHR_MU = "mhr-mu"
+    POLY = "poly"
+    POLY_Z = "poly-z"
+    POLY_MU = "poly-mu"
+    LORA = "lora"
+
+    @property
+    def needs_inventory(self) -> bool:
+        return self is not Method.LORA
+
+    @property
+    def routing_alone(self) -> bool:
+        return self in (Method.MHR_Z, Method.POLY_Z)
+
+    def check_heads(self, inventory: str, num_heads: int) -> None:
+        """Raise InvalidInput when the method is for another number of heads than the inventory's."""
+        if self.value.startswith("poly") and num_heads > 1:
+            other = self.value.replace("poly", "mhr")
+            raise InvalidInput(
+                f"{self.value!r} needs an inventory with h = 1, and {inventory!r} has h = {num_heads}; use {other!r}",
+                param="method",
+            )
+        if self.value.startswith("mhr") and num_heads == 1:
+            other = self.value.replace("mhr", "poly")
+            raise InvalidInput(
+                f"{self.value!r} needs an inventory with h > 1, and {inventory!r} has h = 1; use {other!r}",
+                param="method",
+            )
+
+
+class Hyperparameters(BaseModel):
+    """How a task is learnt; what is left out takes the method's default."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(60, ge=1, le=10_000, description="most steps; early stopping may end sooner")
+    batch_size: int = Field(8, ge=1, le=256, description="examples a step")
+    adapter_lr: float = Field(1e-3, gt=0, le=1, description="peak learning rate of skills and adapters")
+    routing_lr: float = Field(0.1, gt=0, le=10, description="peak learning rate of routing logits")
+    warmup: float = Field(0.06, ge=0, le=1, description="fraction of the steps that the learning rate rises")
+    weight_decay: float = Field(0.0, ge=0, le=1)
+    clip_norm: float = Field(1.0, gt=0, description="largest norm of the gradient")
+    noise: bool = Field(False, description="draw routing weights from a relaxed Bernoulli in training")
+    evaluate_every: int = Field(10, ge=1, description="steps between validations")
+    patience: int = Field(3, ge=1, description="validations without improvement that end the job")
+    rank: int = Field(4, ge=1, le=256, description="rank of a `lora`")
+    alpha: float = Field(16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
+
+
+@dataclass(frozen=True)
+class AdaptSpec:
+    """One adaptation, ready to run. `validation` holds examples that no step sees."""
+
+    method: Method
+    instruction: str
+    examples: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    prompt_format: str
+    hyperparameters: Hyperparameters
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class AdaptResult:
+    """What was learnt: a routing (L, h, K) for the `-z` methods, else an adapter of its own."""
+
+    routing: Tensor | None
+    adapter: Adapter | None
+    metrics: dict[str, Any]
+
+
+class JobContext(Protocol):
+    """What a running adaptation needs of whoever runs it."""
+
+    def should_stop(self) -> bool:
+        """Asked before every step."""
+        ...
+
+    def report(self, event: str, data: dict[str, Any]) -> None:
+        """Told of every step (`step`) and every validation (`validation`)."""
+        ...
+
+    def save(self, checkpoint: bytes) -> None:
+        """Given a state from which the same adaptation can go on."""
+        ...
+
+
+class Stopped(Exception):
+    """`should_stop` ended the adaptation before it was done; its last checkpoint stands."""
+
+
+def split_examples(
+    examples: Sequence[Example], validation: Sequence[Example] | None, fraction: float, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(training, validation): the given validation examples, or a seeded part of the examples."""
+    if validation is not None:
+        return tuple(examples), tuple(validation)
+    generator = torch.Generator().manual_seed(seed)
+    kept, held_out = hold_out(examples, fraction, torch.randperm(len(examples), generator=generator).tolist())
+    return tuple(kept), tuple(held_out)
+
+
+def adapt(
+    spec: AdaptSpec,
+    backbone: Backbone,
+    inventory: Inventory | None,
+    served: Adapter | None,
+    context: JobContext,
+    checkpoint: bytes | None = None,
+) -> AdaptResult:
+    """Learn a task; the state that did best on the validation part is what is returned.
+
+    `served` is the adapter to compare with: of the version served now, or the mean, or None for the
+    bare backbone. Raises InvalidInput for examples over the context, Stopped when told to stop.
+    """
+    began = time.perf_counter()
+    train, validation = _encode(spec, backbone)
+    learner = make_learner(spec, backbone, inventory)
+    trainer = Trainer(backbone.model, inject(backbone.model), learner, _trainer_config(spec))
+    before = _reference_loss(trainer, served, validation)
+    context.report("validation", {"step": 0, "loss": before, "of": "served"})
+    search = _Search(trainer, validation, spec.hyperparameters, context)
+    if checkpoint is not None:
+        search.load(checkpoint)
+        context.report("resumed", {"step": trainer.step_count})
+    search.run(BatchSampler(train, spec.hyperparameters.batch_size, spec.seed))
+    search.restore_best()
+    metrics = {
+        "loss_before": before,
+        "loss_after": search.best_loss,
+        "best_step": search.best_step,
+        "steps": trainer.step_count,
+        "train_examples": len(train),
+        "validation_examples": len(spec.validation),
+        "trained_parameters": sum(p.numel() for p in learner.parameters() if p.requires_grad),
+        "seconds": round(time.perf_counter() - began, 1),
+    }
+    return _result(spec.method, learner, metrics)
+
+
+def make_learner(spec: AdaptSpec, backbone: Backbone, inventory: Inventory | None) -> Learner:
+    """The learner of a method, at its start."""
+    generator = torch.Generator().manual_seed(spec.seed)
+    method = spec.method
+    if method is Method.LORA:
+        sizes = linear_sizes(backbone.model)
+        start = fresh_adapter(sizes, spec.hyperparameters.rank, spec.hyperparameters.alpha, generator)
+        return PlainLearner(start).to(backbone.device)
+    if inventory is None:
+        raise InvalidInput(f"the method {method.value!r} needs an inventory", param="inventory")
+    if method in (Method.MHR_MU, Method.POLY_MU):
+        return mean_learner(inventory).to(backbone.device)
+    return routing_learner(inventory, generator, train_skills=not method.routing_alone).to(backbone.device)
+
+
+def validation_batches(examples: Sequence[EncodedExample]) -> list[Batch]:
+    """Padded batches of similar length over all examples, in a fixed order."""
+    ordered = sorted(examples, key=lambda example: example.length)
+    return [collate(ordered[i : i + _VALIDATION_BATCH]) for i in range(0, len(ordered), _VALIDATION_BATCH)]
+
+
+class _Search:
+    """Training with early stopping: the best state so far, kept with the trainer's in every checkpoint."""
+
+    def __init__(
+        self, trainer: Trainer, validation: Sequence[Batch], settings: Hyperparameters, context: JobContext
+    ) -> None:
+        self._trainer = trainer
+        self._validation = validation
+        self._settings = settings
+        self._context = context
+        self._best: Mapping[str, Tensor] = {}
+        self.best_loss = float("inf")
+        self.best_step = 0
+
+    def run(self, sampler: BatchSampler) -> None:
+        if not self._best:
+            self._validate()
+        for batch in sampler.from_step(self._trainer.step_count):
+            if self._done():
+                return
+            if self._context.should_stop():
+                self._context.save(self._state())
+                raise Stopped
+            loss = self._trainer.step(batch)
+            step = self._trainer.step_count
+            self._context.report("step", {"step": step, "steps": self._settings.steps, "loss": round(loss, 5)})
+            if step % self._settings.evaluate_every == 0 or step == self._settings.steps:
+                self._validate()
+                self._context.save(self._state())
+
+    def load(self, checkpoint: bytes) -> None:
+        """Go on from a checkpoint of the same adaptation."""
+        notes, self._best = self._trainer.load_bytes(checkpoint)
+        self.best_loss, self.best_step = notes["best_loss"], notes["best_step"]
+
+    def restore_best(self) -> None:
+        self._trainer.load_parameters(self._best)
+
+    def _done(self) -> bool:
+        step = self._trainer.step_count
+        waited = step - self.best_step
+        return step >= self._settings.steps or waited >= self._settings.patience * self._settings.evaluate_every
+
+    def _validate(self) -> None:
+        loss = self._trainer.evaluate(self._validation)
+        step = self._trainer.step_count
+        self._context.report("validation", {"step": step, "loss": round(loss, 5), "of": "learner"})
+        if loss < self.best_loss:
+            self.best_loss, self.best_step = loss, step
+            self._best = self._trainer.copy_parameters()
+
+    def _state(self) -> bytes:
+        return self._trainer.to_bytes({"best_loss": self.best_loss, "best_step": self.best_step}, self._best)
+
+
+def _encode(spec: AdaptSpec, backbone: Backbone) -> tuple[list[EncodedExample], list[Batch]]:
+    def encode(examples: tuple[Example, ...], place: str) -> list[EncodedExample]:
+        return encode_examples(
+            backbone.tokenizer,
+            examples,
+            task=0,
+            instruction=spec.instruction,
+            prompt_format=spec.prompt_format,
+            context_length=backbone.context_length,
+            place=place,
+        )
+
+    return encode(spec.examples, "examples"), validation_batches(encode(spec.validation, "validation"))
+
+
+def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
+    settings = spec.hyperparameters
+    return TrainerConfig(
+        steps=settings.steps,
+        adapter_lr=settings.adapter_lr,
+        routing_lr=settings.routing_lr,
+        warmup=settings.warmup,
+        weight_decay=settings.weight_decay,
+        clip_norm=settings.clip_norm,
+        noise=settings.noise,
+        seed=spec.seed,
+    )
+
+
+def _reference_loss(trainer: Trainer, served: Adapter | None, validation: Sequence[Batch]) -> float:
+    return round(trainer.evaluate(validation, FixedLearner(served)), 5)
+
+
+def _result(method: Method, learner: Learner, metrics: dict[str, Any]) -> AdaptResult:
+    if isinstance(learner, PlainLearner):
+        return AdaptResult(routing=None, adapter=learner.adapter(), metrics=metrics)
+    assert isinstance(learner, RoutedLearner)
+    if method.routing_alone:
+        return AdaptResult(routing=learner.routing[0].detach().cpu(), adapter=None, metrics=metrics)
+    return AdaptResult(routing=None, adapter=learner.adapter(0), metrics=metrics)
