@@ -1,0 +1,5 @@
+"""`python -m server` is `mhr`."""
+
+from server.cli import main
+
+main()
