@@ -1,0 +1,89 @@
+"""What the documents say about settings, metrics, routes and hyperparameters is what the code has."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client import Counter, Gauge, Histogram
+from pydantic.fields import FieldInfo
+
+from server.adapters.cache import AdapterCache
+from server.metrics import Metrics
+from server.settings import Settings, env_name
+
+ROOT = Path(__file__).resolve().parents[2]
+OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+
+
+def _rows(text: str, first_cell: str) -> list[list[str]]:
+    """The cells of every table row whose first cell matches, without backticks."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")]
+    return [[cell.replace("`", "") for cell in row] for row in rows if re.fullmatch(first_cell, row[0])]
+
+
+def _shown(field: FieldInfo) -> str:
+    if field.default is None:
+        return "unset"
+    if isinstance(field.default, bool):
+        return str(field.default).lower()
+    return f"{field.default:g}" if isinstance(field.default, float) else str(field.default)
+
+
+def test_every_setting_is_documented_with_its_default() -> None:
+    documented = {row[0]: row[1] for row in _rows(OPERATIONS, r"`MHR_[A-Z_]+`")}
+    assert documented == {env_name(name): _shown(field) for name, field in Settings.model_fields.items()}
+
+
+def test_every_metric_is_documented_with_its_labels() -> None:
+    metrics = Metrics()
+    metrics.watch_adapter_cache(AdapterCache(0).stats)
+    documented = {row[0]: row[1] for row in _rows(OPERATIONS, r"`mhr_[a-z_]+`")}
+    declared = {family.name + ("_total" if family.type == "counter" else "") for family in metrics.registry.collect()}
+    assert set(documented) == declared
+    for metric in vars(metrics).values():
+        if isinstance(metric, Counter | Gauge | Histogram):
+            name = metric._name + ("_total" if isinstance(metric, Counter) else "")
+            assert documented[name] == ", ".join(metric._labelnames)
+
+
+def test_every_alert_is_documented() -> None:
+    alerts = re.findall(r"- alert: (\w+)", (ROOT / "deploy" / "alerts.yml").read_text(encoding="utf-8"))
+    assert [row[0] for row in _rows(OPERATIONS, r"`MHR[A-Z][a-z]\w+`")] == alerts
+
+
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    ROOT / "clients/python/README.md",
+    *(ROOT / "docs").rglob("*.md"),
+]
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_between_documents_lead_somewhere(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        file, _, anchor = target.partition("#")
+        if file.startswith(("http://", "https://")):
+            continue
+        linked = path.parent / file if file else path
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}, (
+                target
+            )
+
+
+def _anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_that_documents_name_exist(path: Path) -> None:
+    pattern = r"`((?:server|adapters_store|clients|inventories|tests|benchmarks|deploy|docs)/[\w./-]+\.\w+)`"
+    for name in re.findall(pattern, path.read_text(encoding="utf-8")):
+        assert (ROOT / name).exists(), name
