@@ -6,14 +6,21 @@ import re
 from pathlib import Path
 
 import pytest
+from fastapi.routing import APIRoute
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic.fields import FieldInfo
 
 from server.adapters.cache import AdapterCache
+from server.api import adapt, generate, inventories, jobs, ops, tasks
+from server.api.errors import BadRequest, MethodNotAllowed
+from server.api.schemas import AdaptRequest, Parameters
+from server.errors import MHRError
 from server.metrics import Metrics
 from server.settings import Settings, env_name
+from server.training.adapt import Hyperparameters, Method
 
 ROOT = Path(__file__).resolve().parents[2]
+API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
 
@@ -46,6 +53,41 @@ def test_every_metric_is_documented_with_its_labels() -> None:
         if isinstance(metric, Counter | Gauge | Histogram):
             name = metric._name + ("_total" if isinstance(metric, Counter) else "")
             assert documented[name] == ", ".join(metric._labelnames)
+
+
+def test_every_route_is_documented() -> None:
+    resources = (adapt, generate, inventories, jobs, ops, tasks)
+    routes = [route for resource in resources for route in resource.router.routes if isinstance(route, APIRoute)]
+    served = {re.sub(r"\{\w+\}", "{}", f"{method} {route.path}") for route in routes for method in route.methods}
+    documented = re.findall(r"^### `([A-Z]+ /\S+)`$", API, flags=re.MULTILINE)
+    assert sorted(re.sub(r"\{\w+\}", "{}", line) for line in documented) == sorted(served)
+
+
+def test_every_error_is_documented_with_its_status() -> None:
+    documented = {(int(row[0]), kind) for row in _rows(API, r"\d{3}") for kind in row[1].split(", ")}
+    known = {(error.status, error.type) for error in _subclasses(MHRError)}
+    assert documented == known | {(error.status, error.type) for error in (BadRequest, MethodNotAllowed)}
+
+
+def test_every_generation_parameter_is_documented() -> None:
+    names = {row[0] for row in _rows(API.split("| parameter |")[1].split("\n\n")[0], r"`\w+`")}
+    assert names == Parameters.model_fields.keys()
+
+
+def test_every_field_of_an_adaptation_is_documented() -> None:
+    section = API.split("### `POST /adapt`")[1]
+    names = {row[0] for row in _rows(section.split("| field |")[1].split("\n\n")[0], r"`\w+`")}
+    assert names == AdaptRequest.model_fields.keys()
+    defaults = {row[0]: row[1] for row in _rows(section.split("| hyperparameter |")[1].split("\n\n")[0], r"`\w+`")}
+    assert defaults == {name: _shown(field) for name, field in Hyperparameters.model_fields.items()}
+    methods = {name for row in _rows(section, r"`(mhr|poly|lora).*`.*") for name in row[0].split(", ")}
+    assert methods == set(Method)
+
+
+def _subclasses(cls: type[MHRError]) -> set[type[MHRError]]:
+    """The class and all below it that are part of the server's own tree."""
+    found = {cls}.union(*(_subclasses(child) for child in cls.__subclasses__()))
+    return {error for error in found if error.__module__ == "server.errors"}
 
 
 def test_every_alert_is_documented() -> None:
