@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from transformers import PreTrainedModel
 from server.adapters.adapted_linear import AdapterContext, TaskRows
 from server.adapters.documents import read_document, write_document
 from server.errors import InvalidInput
+from server.training.attention import training_attention
 from server.training.batches import Batch
 from server.training.learners import Learner
 
@@ -46,6 +48,7 @@ class Trainer:
         self.config = config
         self.step_count = 0
         self._device = next(model.parameters()).device
+        self._switch = training_attention(model)
         self._optimizer = torch.optim.AdamW(_groups(learner, config), betas=(0.9, 0.999), fused=True)
 
     def step(self, batch: Batch) -> float:
@@ -64,7 +67,7 @@ class Trainer:
         """Mean negative log-likelihood of the answers: over a sequence's tokens, then over sequences."""
         batch = batch.to(self._device)
         adapters = (learner or self.learner).adapters(batch.tasks, self.model.dtype, noise)
-        with self.context.use(TaskRows(adapters, batch.rows)):
+        with self.context.use(TaskRows(adapters, batch.rows)), self._attention():
             hidden: Tensor = self.model.base_model(input_ids=batch.tokens, use_cache=False)[0]  # (B, T, d)
         # Logits only where the loss reads them: over all positions they would cost more than the layers do.
         answers = hidden.flatten(0, 1)[batch.positions]  # (P, d)
@@ -81,6 +84,9 @@ class Trainer:
             total += self.loss(batch, learner=learner).item() * size
             sequences += size
         return total / sequences
+
+    def _attention(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._switch is None else self._switch.engaged()
 
     def _noise(self) -> torch.Generator:
         # Seeded by the step, so that a resumed run draws what the uninterrupted one would have drawn.
