@@ -81,20 +81,22 @@ def import_inventory(
     return Imported(record, tuple(seed.id for seed in seeds))
 
 
+def bundled_names(folder: Path = BUNDLED_FOLDER) -> list[str]:
+    """The names of the bundled inventories, whatever backbone they are for."""
+    return [path.stem for path in sorted(folder.glob("*.safetensors"))]
+
+
 def import_bundled(
     store: Store, backbone: Backbone, linear_sizes: dict[str, tuple[int, int]], folder: Path = BUNDLED_FOLDER
-) -> list[str]:
-    """Import the bundled inventories that fit the backbone and are not in the store; returns the names that fit.
+) -> None:
+    """Import the bundled inventories that fit the backbone and are not in the store.
 
     A task that a user already made under one of their names stays the user's.
     """
-    fitting = []
-    for path in sorted(folder.glob("*.safetensors")):
-        name = path.stem
+    for name in bundled_names(folder):
         if _is_stored(store, name):
-            fitting.append(name)
             continue
-        data = path.read_bytes()
+        data = (folder / f"{name}.safetensors").read_bytes()
         inventory = Inventory.from_bytes(data)
         if inventory.backbone_fingerprint != backbone.fingerprint:
             continue
@@ -105,8 +107,6 @@ def import_bundled(
             )
         import_inventory(store, name, data, backbone, linear_sizes, skip_tasks=taken)
         log.info("imported the bundled inventory", action="inventory.import", inventory=name)
-        fitting.append(name)
-    return fitting
 
 
 def _is_stored(store: Store, name: str) -> bool:

@@ -13,10 +13,10 @@ ROUTING_FORMAT = "mhr-routing-1"
 ADAPTER_FORMAT = "mhr-adapter-1"
 
 
-def routing_to_bytes(logits: Tensor, inventory_digest: str) -> bytes:
-    """A routing (L, h, K) in fp16, with the inventory it is over."""
+def routing_to_bytes(logits: Tensor, inventory_digest: str, dtype: torch.dtype = torch.float16) -> bytes:
+    """A routing (L, h, K), with the inventory it is over."""
     return write_document(
-        ROUTING_FORMAT, {"inventory_digest": inventory_digest}, {"routing": logits.detach().cpu().half()}
+        ROUTING_FORMAT, {"inventory_digest": inventory_digest}, {"routing": logits.detach().cpu().to(dtype)}
     )
 
 
@@ -49,3 +49,9 @@ def adapter_from_bytes(data: bytes) -> Adapter:
         return Adapter(weights=weights, alpha=float(document["alpha"]), rank=int(document["rank"]))
     except KeyError as error:
         raise InvalidInput(f"the adapter file is incomplete: {error} is missing") from error
+
+
+def adapter_fingerprint(data: bytes) -> str:
+    """The fingerprint of the backbone that an adapter file is for. Raises InvalidInput when the file is not one."""
+    document, _ = read_document(ADAPTER_FORMAT, data)
+    return str(document.get("backbone_fingerprint"))
