@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
+import typer
 from fastapi.routing import APIRoute
 from prometheus_client import Counter, Gauge, Histogram
 from pydantic.fields import FieldInfo
+from typer.core import TyperGroup
 
 from server.adapters.cache import AdapterCache
 from server.api import adapt, generate, inventories, jobs, ops, tasks
 from server.api.errors import BadRequest, MethodNotAllowed
 from server.api.schemas import AdaptRequest, Parameters
+from server.cli import app
 from server.errors import MHRError
 from server.metrics import Metrics
 from server.settings import Settings, env_name
 from server.training.adapt import Hyperparameters, Method
 
 ROOT = Path(__file__).resolve().parents[2]
+DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "clients" / "python" / "README.md", *(ROOT / "docs").rglob("*.md")]
 API = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
 
@@ -88,6 +93,25 @@ def _subclasses(cls: type[MHRError]) -> set[type[MHRError]]:
     """The class and all below it that are part of the server's own tree."""
     found = {cls}.union(*(_subclasses(child) for child in cls.__subclasses__()))
     return {error for error in found if error.__module__ == "server.errors"}
+
+
+def _command_lines() -> list[str]:
+    """Every call of `mhr` in a shell block, one line each."""
+    blocks = [
+        block for path in DOCUMENTS for block in re.findall(r"```bash\n(.*?)```", path.read_text("utf-8"), re.DOTALL)
+    ]
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return sorted({line.split(" #")[0] for line in lines if re.match(r"(\.venv/bin/)?mhr ", line)})
+
+
+@pytest.mark.parametrize("line", _command_lines())
+def test_every_command_line_shown_exists(line: str) -> None:
+    words = shlex.split(line)[1:]
+    command = typer.main.get_command(app)
+    while isinstance(command, TyperGroup):
+        command = command.commands[words.pop(0)]
+    options = {name for parameter in command.params for name in parameter.opts}
+    assert {word for word in words if word.startswith("--")} <= options
 
 
 def test_every_alert_is_documented() -> None:
