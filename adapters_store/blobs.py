@@ -89,7 +89,10 @@ class BlobStore:
         """Remove the blob when nobody put it for `min_age_s` seconds; returns the bytes freed, None if it stays."""
         path = self.path(digest)
         with self._locked(fcntl.LOCK_EX):
-            status = path.stat()
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                return None
             if time.time() - status.st_mtime < min_age_s:
                 return None
             path.unlink()

@@ -158,8 +158,8 @@ def _begin_postgresql(connection: Connection) -> None:
 def _remedy(cause: str) -> str:
     if "locked" in cause:
         return "Another process holds it for long; wait for it to finish or stop it."
-    if "disk" in cause or "full" in cause:
-        return "Free space on its disk."
     if "malformed" in cause or "not a database" in cause:
         return "The file is damaged; restore it from a backup."
+    if "full" in cause or "No space" in cause:
+        return "Free space on its disk."
     return "Check that the database is reachable and writable."

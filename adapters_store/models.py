@@ -10,6 +10,7 @@ from sqlalchemy import (
     BigInteger,
     DateTime,
     Dialect,
+    Double,
     ForeignKey,
     Index,
     String,
@@ -62,7 +63,7 @@ class InventoryRow(HoldsJson, Base):
     num_skills: Mapped[int]
     num_heads: Mapped[int]
     rank: Mapped[int]
-    alpha: Mapped[float]
+    alpha: Mapped[float] = mapped_column(Double)
     size_bytes: Mapped[int] = mapped_column(BigInteger)
     # `metadata` is SQLAlchemy's own attribute of a model.
     details: Mapped[dict[str, Any]] = mapped_column("metadata")

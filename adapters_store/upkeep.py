@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Literal
 
 from sqlalchemy import insert, select, text
+from sqlalchemy.exc import OperationalError
 from sqlalchemy.orm import Session
 
 from adapters_store.blobs import BlobStore
 from adapters_store.catalog import jobs
 from adapters_store.checkpoints import CheckpointFiles
 from adapters_store.database import Database, catalog_url
-from adapters_store.errors import BlobDamaged, BlobMissing, Conflict
+from adapters_store.errors import BlobDamaged, BlobMissing, CatalogUnavailable, Conflict
 from adapters_store.files import make_directories, sync_directory
 from adapters_store.models import Base, InventoryRow, VersionRow
 from adapters_store.records import BackupReport, Damage, GcReport
@@ -112,11 +113,20 @@ def _damage(error: BlobMissing | BlobDamaged, size: int, users: list[str]) -> Da
 
 
 def _catalog_damage(database: Database) -> list[Damage]:
-    if not database.is_sqlite:
+    if not database.is_sqlite or _is_sound(database):
         return []
-    with database.read() as session:
-        sound = session.scalars(text("PRAGMA integrity_check")).all() == ["ok"]
-    return [] if sound else [Damage("", Path(database.url.database or ""), "corrupt catalog", ("every task and job",))]
+    return [Damage("", Path(database.url.database or ""), "corrupt catalog", ("every task and job",))]
+
+
+def _is_sound(database: Database) -> bool:
+    try:
+        with database.read() as session:
+            return session.scalars(text("PRAGMA integrity_check")).all() == ["ok"]
+    except CatalogUnavailable as error:
+        # The check itself may stumble over the damage; a lock or an I/O error is another matter.
+        if isinstance(error.__cause__, OperationalError):
+            raise
+        return False
 
 
 def _copy_sqlite(source: Path, target: Path) -> None:

@@ -86,7 +86,7 @@ def plain_json(field: str, value: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         copy = json.loads(json.dumps(_finite(value)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise InvalidValue(field, f"{field} cannot be kept as JSON: {error}.") from None
     if not isinstance(copy, dict):
         raise InvalidValue(field, f"{field} is not a JSON object.")

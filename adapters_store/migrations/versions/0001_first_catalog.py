@@ -23,7 +23,7 @@ def upgrade() -> None:
         sa.Column("num_skills", sa.Integer(), nullable=False),
         sa.Column("num_heads", sa.Integer(), nullable=False),
         sa.Column("rank", sa.Integer(), nullable=False),
-        sa.Column("alpha", sa.Float(), nullable=False),
+        sa.Column("alpha", sa.Double(), nullable=False),
         sa.Column("size_bytes", sa.BigInteger(), nullable=False),
         sa.Column("metadata", sa.JSON(), nullable=False),
         sa.Column("created_at", TIME, nullable=False),
