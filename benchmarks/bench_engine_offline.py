@@ -1,0 +1,195 @@
+"""Decoding speed of the engine with a batch of different tasks, beside PEFT Poly's `generate` on the same batch.
+
+All contenders get the same prompts and generate the same number of greedy tokens, the end token ignored:
+  engine           our engine, every sequence its own task
+  engine bare      our engine, no adapters
+  peft poly        PEFT Poly's generate(task_ids=…) with the same inventory and routings, a static batch
+  transformers     the backbone's own generate, a static batch, no adapters
+Decoding is timed from every sequence's first token on: for the engine by its steps, for a `generate` as the
+time of N tokens less that of one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import gettempdir
+
+import torch
+from common import Timing, conditions, peft_poly, print_json, print_table, random_inventory, time_in_turns
+from transformers import PreTrainedModel
+
+from server.adapters.assembly import assemble
+from server.adapters.injection import inject
+from server.adapters.inventory import Inventory
+from server.backbone import BUNDLED_BACKBONE, load_backbone
+from server.engine.config import EngineConfig
+from server.engine.engine import Engine
+from server.engine.request import AdapterHandle, EngineRequest, SamplingParams, TokenOutput
+from server.engine.runner import Runner
+
+
+def main() -> None:
+    options = parse_options()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    about = conditions()
+    ours = load_backbone(options.backbone, options.cache_dir)
+    inventory = random_inventory(
+        ours, tasks=options.tasks, skills=options.skills, heads=options.heads, rank=options.rank, alpha=1.0
+    )
+    theirs = load_backbone(options.backbone, options.cache_dir).model
+    bare = load_backbone(options.backbone, options.cache_dir).model if options.transformers else None
+    random = torch.Generator().manual_seed(1)
+    prompts = torch.randint(5, ours.model.config.vocab_size, (options.tasks, options.prompt_tokens), generator=random)
+
+    engine = EngineRun(make_engine(ours.model, options), prompts, options.new_tokens, adapters_of(inventory))
+    engine_bare = EngineRun(engine.engine, prompts, options.new_tokens, None)
+    poly = GenerateRun(peft_poly(theirs, inventory), prompts, {"task_ids": torch.arange(options.tasks)})
+    contenders: dict[str, Callable[[], object]] = {
+        "engine": engine.run,
+        "engine bare": engine_bare.run,
+        "peft poly": lambda: poly.run(options.new_tokens),
+        "peft poly, one token": lambda: poly.run(1),
+    }
+    if bare is not None:
+        plain = GenerateRun(bare, prompts, {})
+        contenders["transformers"] = lambda: plain.run(options.new_tokens)
+        contenders["transformers, one token"] = lambda: plain.run(1)
+    timings = time_in_turns(contenders, warmup=options.warmup, repeats=options.repeats)
+    # The last run of each is a full one only for the engine; PEFT's tokens are generated once more to compare.
+    same = torch.equal(engine.tokens(), poly.run(options.new_tokens))
+
+    new_tokens = options.tasks * options.new_tokens
+    decoded = options.tasks * (options.new_tokens - 1)
+    decode_s = {
+        "engine": Timing(tuple(engine.decode_s[-options.repeats :])).median,
+        "engine bare": Timing(tuple(engine_bare.decode_s[-options.repeats :])).median,
+    }
+    for name in ("peft poly", "transformers"):
+        if name in timings:
+            decode_s[name] = timings[name].median - timings[f"{name}, one token"].median
+    results = {
+        name: {
+            "total_s": timings[name].median,
+            "spread": timings[name].spread,
+            "total_tokens_per_s": new_tokens / timings[name].median,
+            "decode_tokens_per_s": decoded / seconds,
+        }
+        for name, seconds in decode_s.items()
+    }
+    ratio = results["engine"]["decode_tokens_per_s"] / results["peft poly"]["decode_tokens_per_s"]
+    print_table(
+        f"{options.tasks} tasks at once, {options.prompt_tokens} tokens in, {options.new_tokens} out, "
+        f"r = {options.rank}, K = {options.skills}, h = {options.heads}, {about['threads']} threads",
+        ("contender", "total s", "spread", "tok/s in all", "decode tok/s"),
+        [(name, *values.values()) for name, values in results.items()],
+    )
+    print(f"\nengine decodes {ratio:.2f} times as fast as PEFT Poly; same greedy tokens: {'yes' if same else 'no'}")
+    setting = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    print_json(
+        {
+            "benchmark": "engine_offline",
+            "conditions": about,
+            "options": setting,
+            "results": results,
+            "decode_speed_over_peft_poly": ratio,
+            "same_tokens_as_peft_poly": same,
+        }
+    )
+
+
+def parse_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backbone", default=BUNDLED_BACKBONE, help="bundled name, directory or Hugging Face id")
+    parser.add_argument("--cache-dir", type=Path, default=Path(gettempdir()) / "mhr-benchmarks")
+    parser.add_argument("--tasks", type=int, default=16, help="sequences, each of its own task")
+    parser.add_argument("--prompt-tokens", type=int, default=64)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--skills", type=int, default=8)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--rank", type=int, default=8)
+    parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
+    parser.add_argument("--warmup", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--no-transformers", dest="transformers", action="store_false", help="leave the bare peer out")
+    return parser.parse_args()
+
+
+def make_engine(model: PreTrainedModel, options: argparse.Namespace) -> Engine:
+    context = options.prompt_tokens + options.new_tokens
+    config = EngineConfig(max_batch=options.tasks, max_context=context)
+    return Engine(Runner(model, inject(model), config), config, frozenset())
+
+
+def adapters_of(inventory: Inventory) -> list[AdapterHandle]:
+    return [AdapterHandle(task, assemble(inventory, logits)) for task, logits in inventory.routings.items()]
+
+
+@dataclass
+class EngineRun:
+    """Runs of the engine over one batch of prompts (N, T), with adapters or without."""
+
+    engine: Engine
+    prompts: torch.Tensor
+    new_tokens: int
+    adapters: list[AdapterHandle] | None
+    decode_s: list[float] = field(default_factory=list)  # of every run
+    generated: dict[str, list[int]] = field(default_factory=dict)  # of the last run
+
+    def run(self) -> None:
+        sampling = SamplingParams(max_new_tokens=self.new_tokens, ignore_eos=True)
+        self.generated = {str(row): [] for row in range(len(self.prompts))}
+        for row, prompt in enumerate(self.prompts.tolist()):
+            adapter = None if self.adapters is None else self.adapters[row]
+            self.engine.add(EngineRequest(str(row), str(row), tuple(prompt), sampling, adapter))
+        decode_start_s, decode_start_tokens = None, 0
+        while self.engine.has_work:
+            for output in self.engine.step()[0]:
+                if isinstance(output, TokenOutput):
+                    self.generated[output.request_id].append(output.token_id)
+            if decode_start_s is None and all(self.generated.values()):
+                decode_start_s = time.perf_counter()
+                decode_start_tokens = self._count()
+        assert decode_start_s is not None
+        seconds = time.perf_counter() - decode_start_s
+        # Chunked prefill lets early sequences decode before the last one's first token: scale to a whole decode.
+        whole = len(self.prompts) * (self.new_tokens - 1)
+        self.decode_s.append(seconds * whole / (self._count() - decode_start_tokens))
+
+    def tokens(self) -> torch.Tensor:
+        """The last run's new tokens (N, new_tokens)."""
+        return torch.tensor(list(self.generated.values()))
+
+    def _count(self) -> int:
+        return sum(map(len, self.generated.values()))
+
+
+@dataclass(frozen=True)
+class GenerateRun:
+    """Runs of a model's own `generate` over one static batch of prompts (N, T)."""
+
+    model: torch.nn.Module
+    prompts: torch.Tensor
+    options: dict[str, torch.Tensor]
+
+    @torch.inference_mode()
+    def run(self, new_tokens: int) -> torch.Tensor:
+        out: torch.Tensor = self.model.generate(
+            input_ids=self.prompts,
+            attention_mask=torch.ones_like(self.prompts),
+            do_sample=False,
+            max_new_tokens=new_tokens,
+            min_new_tokens=new_tokens,
+            eos_token_id=[],
+            pad_token_id=0,
+            **self.options,
+        )
+        return out[:, self.prompts.shape[1] :]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""The benchmarks run and print what they promise; nothing here looks at a time."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from server.settings import Settings
+from tests.support.tiny_server import LiveServer, write_tiny_model
+
+BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
+SMALL = ["--tasks=3", "--skills=2", "--heads=2", "--rank=2", "--warmup=0", "--repeats=1"]
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_model(folder)
+    return folder
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Runs a benchmark's script and returns its last line."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+    def run_script(name: str, *arguments: str) -> dict[str, Any]:
+        monkeypatch.setattr(sys, "argv", [name, *arguments])
+        runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+        return json.loads(capsys.readouterr().out.splitlines()[-1])
+
+    yield run_script
+    sys.modules.pop("common", None)
+
+
+def test_engine_offline_compares_the_same_tokens(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    sizes = ["--prompt-tokens=7", "--new-tokens=5"]
+    document = run("bench_engine_offline.py", f"--backbone={tiny_model}", f"--cache-dir={tmp_path}", *SMALL, *sizes)
+    assert document["benchmark"] == "engine_offline"
+    assert set(document["results"]) == {"engine", "engine bare", "peft poly", "transformers"}
+    assert document["same_tokens_as_peft_poly"]
+    assert document["options"]["tasks"] == 3
+    assert {"date", "commit", "cores", "threads", "torch"} <= set(document["conditions"])
+
+
+def test_training_step_times_both_trainers(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    sizes = ["--batch-size=4", "--batches=2", "--min-tokens=16", "--max-tokens=24"]
+    document = run("bench_training_step.py", f"--backbone={tiny_model}", f"--cache-dir={tmp_path}", *SMALL, *sizes)
+    assert set(document["results"]) == {"ours", "peft poly"}
+    assert document["speed_over_peft_poly"] > 0
+
+
+def test_http_asks_every_task_of_a_running_server(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    settings = Settings(backbone=str(tiny_model), data_dir=tmp_path / "data", port=0, worker=False, max_context=256)
+    server = LiveServer(settings, tasks=True)
+    try:
+        server.wait_ready()
+        times = ["--warmup-s=0.1", "--window-s=0.2", "--repeats=2"]
+        sizes = ["--users", "1", "3", "--prompt-words=4", "--new-tokens=3"]
+        document = run("bench_http.py", f"--url={server.url}", *times, *sizes)
+    finally:
+        server.stop()
+    assert document["results"]["tasks"] == 2
+    levels = document["results"]["levels"]
+    assert [level["users"] for level in levels] == [1, 3]
+    assert all(level["errors"] == 0 and level["tokens_per_s"] > 0 for level in levels)
