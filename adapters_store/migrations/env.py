@@ -12,7 +12,6 @@ from adapters_store.models import Base
 context.configure(
     connection=context.config.attributes["connection"],
     target_metadata=Base.metadata,
-    transactional_ddl=True,
     render_as_batch=True,
 )
 with context.begin_transaction():

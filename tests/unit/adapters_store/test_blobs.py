@@ -122,6 +122,7 @@ def test_the_collector_never_takes_a_blob_that_is_put_meanwhile(blobs):
         while not stop.is_set():
             blobs.put(content)
             # Younger than a minute now, so the collector lets it be.
+            time.sleep(random.uniform(0, 0.001))
             try:
                 blobs.get(digest)
             except BlobMissing as error:
