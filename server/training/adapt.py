@@ -162,7 +162,7 @@ def adapt(
     search = _Search(trainer, validation, spec.hyperparameters, context)
     if checkpoint is not None:
         search.load(checkpoint)
-        context.report("resumed", {"step": trainer.step_count})
+        context.report("from_checkpoint", {"step": trainer.step_count})
     search.run(BatchSampler(train, spec.hyperparameters.batch_size, spec.seed))
     search.restore_best()
     metrics = {

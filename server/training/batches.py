@@ -66,7 +66,8 @@ def encode_examples(
         item = EncodedExample(task=task, prompt=tuple(prompt), answers=answers)
         if item.length > context_length:
             raise InvalidInput(
-                f"{place}[{number}] is {item.length} tokens long with its answer; the context holds {context_length}"
+                f"{place}[{number}] is {item.length} tokens long with its answer; the context holds {context_length}",
+                param=f"{place}[{number}]",
             )
         encoded.append(item)
     return encoded

@@ -28,6 +28,7 @@ LEASE_S = 30.0
 MAX_ATTEMPTS = 3
 DEFAULT_VALIDATION_FRACTION = 0.25
 _POLL_S = 0.5
+_OVER = frozenset({"succeeded", "failed", "cancelled"})
 
 log = get_logger(__name__)
 
@@ -77,6 +78,8 @@ class Worker:
             except Exception as error:
                 logger.exception("the job failed", action="job.failed")
                 end = self._fail(job, f"{type(error).__name__}: {error}")
+        if end in _OVER:
+            self._store.delete_checkpoint(job.id)
         logger.info("the job ended", action="job.end", end=end)
 
     def _attempt(self, job: JobRecord, lease: Lease) -> str:
@@ -96,6 +99,7 @@ class Worker:
             lease,
             self._store.load_checkpoint(job.id),
         )
+        lease.renew()
         self._keep(job, spec, result, record, inventory, backbone)
         return "succeeded"
 
@@ -167,7 +171,7 @@ class Lease:
         self.cancelled = job.cancel_requested
         self._progress: dict[str, Any] = dict(job.progress)
         self._pace = _Pace()
-        self._thread = threading.Thread(target=self._renew, name=f"lease-{job.id}", daemon=True)
+        self._thread = threading.Thread(target=self._keep_renewing, name=f"lease-{job.id}", daemon=True)
 
     def __enter__(self) -> Lease:
         self._thread.start()
@@ -191,18 +195,21 @@ class Lease:
     def save(self, checkpoint: bytes) -> None:
         self._store.save_checkpoint(self._job_id, checkpoint)
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
+        """Hold the job for another while and note its progress. Raises LeaseLost."""
+        record = self._store.heartbeat(self._job_id, self._worker_id, self._lease_s, self._progress)
+        self.cancelled = self.cancelled or record.cancel_requested
+
+    def _keep_renewing(self) -> None:
         # Often enough that a cancellation is felt within a second or two, and no lease runs out under load.
         while not self._over.wait(min(1.0, self._lease_s / 4)):
             try:
-                record = self._store.heartbeat(self._job_id, self._worker_id, self._lease_s, self._progress)
+                self.renew()
             except LeaseLost:
                 self._lost = not self._over.is_set()
                 return
             except StoreError as error:
                 log.warning("cannot renew the lease", action="lease.renew", job=self._job_id, error=str(error))
-            else:
-                self.cancelled = self.cancelled or record.cancel_requested
 
 
 class _Pace:

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from server.adapters.assembly import Adapter, assemble, mean_adapter
+from server.adapters.inventory import Inventory
+from server.backbone import Backbone
+from server.errors import InvalidInput
+from server.training.adapt import (
+    AdaptResult,
+    AdaptSpec,
+    Hyperparameters,
+    Method,
+    Stopped,
+    adapt,
+    split_examples,
+)
+from server.training.examples import Example
+from tests.support.tiny_server import random_inventory
+
+
+class Recorder:
+    """A job context that remembers, and stops at a given step."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.events: list[tuple[str, dict[str, Any]]] = []
+        self.checkpoint: bytes | None = None
+        self._stop_at = stop_at
+
+    def should_stop(self) -> bool:
+        return self._stop_at is not None and len(self.losses) >= self._stop_at
+
+    def report(self, event: str, data: dict[str, Any]) -> None:
+        self.events.append((event, data))
+
+    def save(self, checkpoint: bytes) -> None:
+        self.checkpoint = checkpoint
+
+    @property
+    def losses(self) -> list[float]:
+        return [data["loss"] for event, data in self.events if event == "step"]
+
+
+def _spec(examples: list[Example], method: str = "mhr", **settings: Any) -> AdaptSpec:
+    settings = {"steps": 15, "evaluate_every": 5, "adapter_lr": 1e-2, **settings}
+    train, validation = split_examples(examples, None, 0.25, seed=0)
+    return AdaptSpec(
+        Method(method), "Say it.", train, validation, "definition-input-output", Hyperparameters(**settings)
+    )
+
+
+def _learnt(result: AdaptResult, inventory: Inventory) -> Adapter:
+    if result.adapter is not None:
+        return result.adapter
+    assert result.routing is not None
+    return assemble(inventory, result.routing)
+
+
+@pytest.mark.parametrize("method", list(Method))
+def test_every_method_learns_the_task(backbone: Backbone, examples: list[Example], method: Method) -> None:
+    inventory = random_inventory(backbone, num_heads=1 if method.value.startswith("poly") else 4)
+    recorder = Recorder()
+    result = adapt(
+        _spec(examples, method),
+        backbone,
+        inventory if method.needs_inventory else None,
+        mean_adapter(inventory),
+        recorder,
+    )
+    assert result.metrics["loss_after"] < result.metrics["loss_before"]
+    assert (result.routing is not None) == method.routing_alone
+    assert (result.adapter is not None) != method.routing_alone
+    # What is returned is what was measured: the best state, not the last one.
+    again = adapt(_spec(examples, method, steps=1), backbone, inventory, _learnt(result, inventory), Recorder())
+    assert again.metrics["loss_before"] == pytest.approx(result.metrics["loss_after"], rel=1e-3)
+
+
+def test_a_routing_alone_is_small_and_says_so(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    result = adapt(_spec(examples, "mhr-z"), backbone, inventory, None, Recorder())
+    assert result.routing is not None
+    assert result.routing.shape == inventory.routing_shape
+    assert result.metrics["trained_parameters"] == result.routing.numel()
+
+
+def test_early_stopping_ends_sooner_and_keeps_the_best(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    # Validation answers that contradict the training ones: it can only get worse.
+    spec = replace(
+        _spec(examples, steps=100, evaluate_every=2, patience=2),
+        validation=(Example("number 3", ("q",)), Example("number 4", ("q",))),
+    )
+    result = adapt(spec, backbone, inventory, None, Recorder())
+    assert result.metrics["steps"] - result.metrics["best_step"] == 4
+
+
+def test_an_adaptation_taken_up_again_ends_as_if_it_had_not_stopped(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    whole = Recorder()
+    expected = adapt(_spec(examples), backbone, inventory, None, whole)
+    first = Recorder(stop_at=7)
+    with pytest.raises(Stopped):
+        adapt(_spec(examples), backbone, inventory, None, first)
+    second = Recorder()
+    result = adapt(_spec(examples), backbone, inventory, None, second, first.checkpoint)
+    assert first.losses + second.losses == whole.losses
+    assert ("from_checkpoint", {"step": 7}) in second.events
+    assert result.adapter is not None
+    assert expected.adapter is not None
+    for linear, pair in expected.adapter.weights.items():
+        assert torch.equal(result.adapter.weights[linear].A, pair.A)
+
+
+def test_the_seed_decides(backbone: Backbone, inventory: Inventory, examples: list[Example]) -> None:
+    def losses(seed: int) -> list[float]:
+        recorder = Recorder()
+        adapt(replace(_spec(examples), seed=seed), backbone, inventory, None, recorder)
+        return recorder.losses
+
+    assert losses(1) == losses(1) != losses(2)
+
+
+def test_given_validation_examples_are_never_trained_on(examples: list[Example]) -> None:
+    held = [Example("a", ("b",))]
+    assert split_examples(examples, held, 0.25, 0) == (tuple(examples), tuple(held))
+    train, validation = split_examples(examples, None, 0.25, 0)
+    assert len(validation) == 3
+    assert not set(train) & set(validation)
+
+
+@pytest.mark.parametrize(
+    ("method", "heads", "complaint"),
+    [("poly", 4, "use 'mhr'"), ("poly-z", 2, "use 'mhr-z'"), ("mhr", 1, "use 'poly'"), ("mhr-mu", 1, "use 'poly-mu'")],
+)
+def test_a_method_for_another_number_of_heads_is_refused(method: str, heads: int, complaint: str) -> None:
+    with pytest.raises(InvalidInput, match=complaint):
+        Method(method).check_heads("inv", heads)
+
+
+def test_a_method_without_its_inventory_is_refused(backbone: Backbone, examples: list[Example]) -> None:
+    with pytest.raises(InvalidInput, match="'mhr' needs an inventory"):
+        adapt(_spec(examples), backbone, None, None, Recorder())

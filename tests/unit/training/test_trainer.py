@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+from itertools import islice
+
+import pytest
+import torch
+
+from server.adapters.injection import inject
+from server.adapters.inventory import Inventory
+from server.backbone import Backbone
+from server.errors import InvalidInput
+from server.training.batches import Batch, BatchSampler, encode_examples
+from server.training.examples import Example
+from server.training.learners import FixedLearner, Learner, RoutedLearner, routing_learner
+from server.training.trainer import Trainer, TrainerConfig
+
+
+def _batches(backbone: Backbone, examples: list[Example], number: int, first: int = 0) -> list[Batch]:
+    encoded = [
+        item
+        for task in (0, 1)
+        for item in encode_examples(
+            backbone.tokenizer,
+            examples,
+            task=task,
+            instruction="",
+            prompt_format="definition-input-output",
+            context_length=256,
+            place="examples",
+        )
+    ]
+    return list(islice(BatchSampler(encoded, 4, seed=0).from_step(first), number))
+
+
+def _learner(inventory: Inventory) -> RoutedLearner:
+    return RoutedLearner(inventory, torch.stack(list(inventory.routings.values())), train_skills=True)
+
+
+def _trainer(backbone: Backbone, learner: Learner, **settings: object) -> Trainer:
+    return Trainer(backbone.model, inject(backbone.model), learner, TrainerConfig(steps=20, **settings))
+
+
+def test_the_loss_is_transformers_own_on_the_answers(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    (batch,) = _batches(backbone, examples, 1)
+    ours = _trainer(backbone, _learner(inventory)).loss(batch, learner=FixedLearner(None))
+    logits = backbone.model(input_ids=batch.tokens).logits
+    log_probabilities = torch.log_softmax(logits.float(), -1).flatten(0, 1)[batch.positions]
+    chosen = log_probabilities.gather(1, batch.targets[:, None])[:, 0]
+    torch.testing.assert_close(ours, -(chosen * batch.weights).sum())
+
+
+def test_a_mixed_batch_has_the_mean_loss_of_its_rows_alone(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    (batch,) = _batches(backbone, examples, 1)
+    assert len(batch.tasks) == 2
+    trainer = _trainer(backbone, _learner(inventory))
+    rows = []
+    width = batch.tokens.shape[1]
+    for row in range(4):
+        own = (batch.positions // width) == row
+        rows.append(
+            Batch(
+                batch.tokens[row : row + 1],
+                batch.tasks[batch.rows[row : row + 1]],
+                torch.tensor([0]),
+                batch.positions[own] - row * width,
+                batch.targets[own],
+                batch.weights[own] * 4,
+            )
+        )
+    assert trainer.evaluate(rows) == pytest.approx(trainer.evaluate([batch]), rel=1e-5)
+
+
+def test_training_learns_and_leaves_the_backbone_alone(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    trainer = _trainer(backbone, _learner(inventory), adapter_lr=1e-2)
+    before = {name: p.clone() for name, p in backbone.model.named_parameters()}
+    losses = [trainer.step(batch) for batch in _batches(backbone, examples, 20)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
+
+
+def test_routing_alone_moves_nothing_else(backbone: Backbone, inventory: Inventory, examples: list[Example]) -> None:
+    learner = routing_learner(inventory, torch.Generator().manual_seed(0), train_skills=False)
+    skills = learner.skills()
+    trainer = _trainer(backbone, learner)
+    routing = learner.routing.detach().clone()
+    (batch,) = _batches(backbone, examples, 1)
+    trainer.step(Batch(**{**vars(batch), "tasks": torch.tensor([0]), "rows": torch.zeros(4, dtype=torch.long)}))
+    assert not torch.equal(learner.routing, routing)
+    for before, after in zip(skills, learner.skills(), strict=True):
+        assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], noise: bool
+) -> None:
+    straight = _trainer(backbone, _learner(inventory), noise=noise)
+    losses = [straight.step(batch) for batch in _batches(backbone, examples, 8)]
+
+    first = _trainer(backbone, _learner(inventory), noise=noise)
+    for batch in _batches(backbone, examples, 5):
+        first.step(batch)
+    saved = first.to_bytes({"best": 3}, {"kept": torch.ones(2)})
+
+    second = _trainer(backbone, _learner(inventory), noise=noise)
+    notes, kept = second.load_bytes(saved)
+    resumed = [second.step(batch) for batch in _batches(backbone, examples, 3, first=5)]
+    assert resumed == losses[5:]
+    assert notes == {"best": 3}
+    assert torch.equal(kept["kept"], torch.ones(2))
+
+
+def test_noise_changes_the_steps(backbone: Backbone, inventory: Inventory, examples: list[Example]) -> None:
+    (batch,) = _batches(backbone, examples, 1)
+    plain, noisy = (_trainer(backbone, _learner(inventory), noise=noise).step(batch) for noise in (False, True))
+    assert plain != noisy
+
+
+def test_a_checkpoint_of_other_settings_is_refused(backbone: Backbone, inventory: Inventory) -> None:
+    saved = _trainer(backbone, _learner(inventory)).to_bytes()
+    with pytest.raises(InvalidInput, match="other settings"):
+        _trainer(backbone, _learner(inventory), seed=1).load_bytes(saved)
+
+
+def test_learning_rates_rise_then_fall_to_zero(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    trainer = _trainer(backbone, _learner(inventory), adapter_lr=1e-3, routing_lr=0.1, warmup=0.2)
+    seen = []
+    for batch in _batches(backbone, examples, 20):
+        trainer.step(batch)
+        seen.append([group["lr"] for group in trainer._optimizer.param_groups])
+    assert seen[0] == pytest.approx([2.5e-4, 0.025])
+    assert seen[4] == pytest.approx([1e-3, 0.1])
+    assert seen[-1] == pytest.approx([1e-3 / 16, 0.1 / 16])
