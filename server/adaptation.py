@@ -64,7 +64,7 @@ class AdaptationService:
                 [Example(row["input"], tuple(row["output"])) for row in rows],
                 task=0,
                 instruction=instruction,
-                prompt_format=self._catalog.prompt_format(None if inventory is None else inventory.name),
+                prompt_format=self._catalog.prompt_format(inventory),
                 context_length=self._backbone.context_length,
                 place=place,
             )

@@ -98,6 +98,6 @@ def worker(
 
         end_with_parent()
         os.nice(NICENESS)
-    from server.training.worker import run_worker
+    from server.worker_process import run
 
-    run_worker(settings)
+    run(settings)

@@ -7,7 +7,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from server.answer_text import AnswerText
@@ -16,6 +16,7 @@ from server.engine.request import EngineRequest, FinishOutput, SamplingParams, T
 from server.engine.service import EngineService
 from server.errors import DeadlineExceeded, MHRError, TooLarge, Unavailable
 from server.metrics import Metrics
+from server.options import GenerationOptions, merge_options
 from server.tasks import ResolvedTask, TaskCatalog
 from server.training.prompts import encode_answer, encode_prompt, render_prompt
 
@@ -32,15 +33,6 @@ class GenerationCall:
     inputs: tuple[str, ...]
     options: Mapping[str, Any]
     raw_prompt: bool = False
-
-
-@dataclass(frozen=True)
-class GenerationOptions:
-    """Parameters beside those of sampling."""
-
-    n: int = 1
-    stop: tuple[str, ...] = ()
-    choices: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -347,18 +339,6 @@ class GenerationService:
         self._metrics.sequence(
             task=run.task.task_id, prompt_tokens=finish.prompt_tokens, generated_tokens=generated, queue_s=queue_s
         )
-
-
-def merge_options(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> tuple[SamplingParams, GenerationOptions]:
-    """The task's defaults under the caller's own parameters. Raises InvalidInput when they do not go together."""
-    merged = {**defaults, **given}
-    if given.get("choices") is not None:
-        return SamplingParams(), GenerationOptions(choices=tuple(given["choices"]))
-    # A task's default must not make a caller's own smaller limit impossible.
-    if "min_new_tokens" not in given and "max_new_tokens" in given and "min_new_tokens" in merged:
-        merged["min_new_tokens"] = min(merged["min_new_tokens"], merged["max_new_tokens"])
-    sampling = {field.name: merged[field.name] for field in fields(SamplingParams) if field.name in merged}
-    return SamplingParams(**sampling), GenerationOptions(n=merged.get("n", 1), stop=tuple(merged.get("stop", ())))
 
 
 class _TokenClock:

@@ -58,7 +58,8 @@ class JobWatch:
             del self._steps[job_id]
 
     def _count(self, job: JobRecord) -> None:
-        step = int(job.progress.get("step", 0))
+        # The metrics of a finished job are exact; its progress is that of its last heartbeat.
+        step = int(job.metrics.get("steps") or job.progress.get("step") or 0)
         # A job that another worker took up again may begin at an earlier checkpoint.
         if job.status in _FINISHED and job.id not in self._steps:
             self._metrics.job_steps(step)

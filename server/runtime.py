@@ -29,7 +29,7 @@ from server.engine.service import EngineService
 from server.errors import MHRError, Unavailable
 from server.export import TaskExporter
 from server.generation import GenerationService
-from server.inventories import import_bundled
+from server.inventories import bundled_names, import_bundled
 from server.job_metrics import JobWatch
 from server.logs import get_logger
 from server.metrics import Metrics
@@ -121,7 +121,7 @@ class Runtime:
         )
         sizes = linear_sizes(backbone.model)
         self.reason = "importing the bundled inventory"
-        preferred = import_bundled(self.store, backbone, sizes)
+        import_bundled(self.store, backbone, sizes)
         cache = AdapterCache(settings.adapter_cache_mb * _MIB)
         self.metrics.watch_adapter_cache(cache.stats)
         catalog = TaskCatalog(
@@ -129,7 +129,7 @@ class Runtime:
             cache,
             backbone,
             sizes,
-            preferred_inventories=[settings.inventory] if settings.inventory else preferred,
+            preferred_inventories=[settings.inventory] if settings.inventory else bundled_names(),
             on_assembly=self.metrics.assembly,
         )
         if settings.inventory is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -88,7 +89,9 @@ def end_with_parent() -> None:
     """In the child: ask ourselves to stop once the parent's end of our standard input is closed."""
 
     def watch() -> None:
-        sys.stdin.buffer.read()
-        os.kill(os.getpid(), 15)
+        # Unbuffered: a thread blocked in sys.stdin would hold its lock when the interpreter ends.
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=watch, name="parent-watch", daemon=True).start()

@@ -28,6 +28,7 @@ from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.engine.request import AdapterHandle
 from server.errors import AdapterUnavailable, BackboneMismatch, Conflict, InvalidInput, NotFound
+from server.options import merge_options
 from server.training.prompts import DEFAULT_PROMPT_FORMAT
 
 BASE = "base"
@@ -106,7 +107,9 @@ class TaskCatalog:
             task_id=task_id,
             version=version.number,
             instruction=task.instruction,
-            prompt_format=self.prompt_format(version.inventory),
+            prompt_format=DEFAULT_PROMPT_FORMAT
+            if version.inventory is None
+            else self._prompt_format_of(version.inventory),
             defaults=task.defaults,
             pinned=self._pin(version),
         )
@@ -157,14 +160,17 @@ class TaskCatalog:
         self._on_assembly(kind, time.perf_counter() - start_s)
         return adapter
 
-    def prompt_format(self, inventory: str | None) -> str:
+    def prompt_format(self, inventory: InventoryRecord | None) -> str:
         """How prompts of a task over this inventory are rendered; None is a task without one."""
-        if inventory is None:
+        return self._prompt_format_of(None if inventory is None else inventory.name)
+
+    def _prompt_format_of(self, name: str | None) -> str:
+        if name is None:
             return DEFAULT_PROMPT_FORMAT
-        known = self._prompt_formats.get(inventory)
+        known = self._prompt_formats.get(name)
         if known is None:
-            known = str(self._store.get_inventory(inventory).metadata.get("prompt_format", DEFAULT_PROMPT_FORMAT))
-            self._prompt_formats[inventory] = known
+            known = str(self._store.get_inventory(name).metadata.get("prompt_format", DEFAULT_PROMPT_FORMAT))
+            self._prompt_formats[name] = known
         return known
 
     # --- inventories --------------------------------------------------------------------------------------------
@@ -231,6 +237,7 @@ class TaskCatalog:
 
         Returns the task and whether it is new. The same content as is served makes no new version.
         """
+        merge_options({}, defaults, "defaults")
         record = self.pick_inventory(inventory)
         blob = None if routing is None else self._routing_blob(record, routing)
         try:
@@ -248,6 +255,24 @@ class TaskCatalog:
             return self._store.put_task(task_id, **fields), False
         self._store.register_task(task_id, **fields, kind=kind, blob=blob)
         return self._store.get_task(task_id), before is None
+
+    def change(
+        self,
+        task_id: str,
+        *,
+        instruction: str | None,
+        defaults: Mapping[str, Any] | None,
+        metadata: Mapping[str, Any] | None,
+    ) -> TaskRecord:
+        """Replace what is not None. Raises NotFound or InvalidInput."""
+        if defaults is not None:
+            merge_options({}, defaults, "defaults")
+        return self._store.update_task(
+            task_id,
+            instruction=instruction,
+            defaults=None if defaults is None else dict(defaults),
+            metadata=None if metadata is None else dict(metadata),
+        )
 
     def _serves(self, task: TaskRecord, kind: VersionKind, inventory_digest: str, blob: bytes | None) -> bool:
         if task.served_version is None:

@@ -41,6 +41,8 @@ def install(app: FastAPI) -> None:
 
 async def _handle(request: Request, error: Exception) -> JSONResponse:
     known = to_error(error)
+    if isinstance(error, store_errors.NotFound) and known.param is None:
+        known.param = next(iter(request.path_params), None)
     note(request.state, known, error)
     return response(known, getattr(error, "headers", None))
 

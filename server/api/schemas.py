@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
@@ -34,6 +35,26 @@ def _some_texts(values: list[str]) -> list[str]:
     return values
 
 
+def _whole_characters(value: str) -> str:
+    """JSON can spell half a surrogate pair, which no tokenizer and no database takes."""
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"it holds half of a surrogate pair at character {error.start}, which is no text"
+            ) from None
+    return value
+
+
+def _storable(value: dict[str, Any]) -> dict[str, Any]:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it cannot be stored as JSON: {error}") from None
+    return value
+
+
 _ONE_OR_MANY = WithJsonSchema(
     {
         "anyOf": [
@@ -42,9 +63,12 @@ _ONE_OR_MANY = WithJsonSchema(
         ]
     }
 )
-Texts = Annotated[list[str], BeforeValidator(_as_list), AfterValidator(_some_texts), _ONE_OR_MANY]
-Answers = Annotated[list[str], BeforeValidator(_as_list), AfterValidator(_none_empty), _ONE_OR_MANY]
-Text = Annotated[str, Field(min_length=1, max_length=MAX_TEXT)]
+Characters = Annotated[str, AfterValidator(_whole_characters)]
+Texts = Annotated[list[Characters], BeforeValidator(_as_list), AfterValidator(_some_texts), _ONE_OR_MANY]
+Answers = Annotated[list[Characters], BeforeValidator(_as_list), AfterValidator(_none_empty), _ONE_OR_MANY]
+Text = Annotated[Characters, Field(min_length=1, max_length=MAX_TEXT)]
+Instruction = Annotated[Characters, Field(max_length=MAX_TEXT)]
+Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
 
 
 class Wire(BaseModel):
@@ -249,8 +273,8 @@ class AdaptRequest(Wire):
     )
 
     task_id: str = Field(pattern=TASK_ID)
-    instruction: str | None = Field(
-        default=None, max_length=MAX_TEXT, description="If unset, an existing task keeps its own and a new one has none"
+    instruction: Instruction | None = Field(
+        default=None, description="If unset, an existing task keeps its own and a new one has none"
     )
     examples: list[ExampleIn] = Field(min_length=2)
     method: Method = "mhr"
@@ -261,7 +285,7 @@ class AdaptRequest(Wire):
     validation: ValidationIn | None = Field(default=None, description="A quarter of the examples is held out if unset")
     promote: Literal["if_better", "always", "never"] = "if_better"
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
 
 
 class JobView(View):
@@ -312,14 +336,14 @@ class TaskPut(Wire):
         }
     )
 
-    instruction: str = Field(default="", max_length=MAX_TEXT)
+    instruction: Instruction = ""
     defaults: GenerationDefaults = GenerationDefaults()
     inventory: str | None = Field(default=None, min_length=1, description="The served inventory if unset")
     kind: Literal["mu", "routing"] = "mu"
     routing: list[list[list[float]]] | None = Field(
         default=None, description="Logits [linear][head][skill] over the inventory, in the inventory's order of linears"
     )
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    metadata: Metadata = Field(default_factory=dict)
 
     @model_validator(mode="after")
     def _routing_goes_with_its_kind(self) -> Self:
@@ -331,13 +355,13 @@ class TaskPut(Wire):
 
 
 class TaskPatch(Wire):
-    instruction: str = Field(default="", max_length=MAX_TEXT)
-    defaults: GenerationDefaults = GenerationDefaults()
-    metadata: dict[str, Any] = Field(default_factory=dict)
+    instruction: Instruction | None = None
+    defaults: GenerationDefaults | None = None
+    metadata: Metadata | None = None
 
     @model_validator(mode="after")
     def _something_changes(self) -> Self:
-        if not self.model_fields_set:
+        if self.instruction is None and self.defaults is None and self.metadata is None:
             raise ValueError("nothing to change; send instruction, defaults or metadata")
         return self
 

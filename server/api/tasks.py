@@ -67,13 +67,20 @@ def put_task(
 
 
 @router.patch("/tasks/{task_id}", response_model=schemas.TaskDetail, responses=ERRORS)
-def patch_task(task_id: WritableId, body: schemas.TaskPatch, runtime: RuntimeDep) -> schemas.TaskDetail:
+def patch_task(
+    task_id: WritableId, body: schemas.TaskPatch, services: ServicesDep, runtime: RuntimeDep
+) -> schemas.TaskDetail:
     """Change a task's instruction, generation defaults or metadata; each that is sent replaces the old one."""
-    task = runtime.store.update_task(task_id, **body.model_dump(include=body.model_fields_set, exclude_none=True))
+    task = services.catalog.change(
+        task_id,
+        instruction=body.instruction,
+        defaults=None if body.defaults is None else body.defaults.model_dump(exclude_none=True),
+        metadata=body.metadata,
+    )
     return _detail(runtime.store, task)
 
 
-@router.delete("/tasks/{task_id}", status_code=204, responses=ERRORS)
+@router.delete("/tasks/{task_id}", status_code=204, response_class=Response, responses=ERRORS)
 def delete_task(task_id: WritableId, runtime: RuntimeDep) -> None:
     """Delete a task and its versions. Requests in flight finish."""
     runtime.store.delete_task(task_id)
