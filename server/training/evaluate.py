@@ -105,8 +105,8 @@ def table(scores: Sequence[Score]) -> str:
     return "\n".join([*head, *rows, f"| mean | {' | '.join(cell(method, tasks) for method in methods)} |"])
 
 
-def as_json(config: EvaluateConfig, scores: Sequence[Score]) -> dict[str, Any]:
-    """Everything of a run as one JSON document."""
+def as_document(config: EvaluateConfig, scores: Sequence[Score]) -> dict[str, Any]:
+    """Everything of a run as one document for JSON."""
     settings = asdict(config) | {"data": config.data.name, "hyperparameters": config.hyperparameters.model_dump()}
     return {"config": settings, "scores": [asdict(score) for score in scores]}
 

@@ -9,7 +9,7 @@ from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.errors import InvalidInput
 from server.training.adapt import Hyperparameters
-from server.training.evaluate import EvaluateConfig, Score, as_json, evaluate, table
+from server.training.evaluate import EvaluateConfig, Score, as_document, evaluate, table
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_what_was_learnt_answers_better_than_what_was_not(backbone: Backbone, in
     assert by_method["mu"].rouge_l < 50
     assert by_method["mhr"].metrics["train_examples"] == 6
     assert "| say-yes | " in table(scores)
-    assert json.loads(json.dumps(as_json(config, scores), default=str))["config"]["num_examples"] == 8
+    assert json.loads(json.dumps(as_document(config, scores)))["config"]["num_examples"] == 8
 
 
 def test_the_table_has_the_mean_over_seeds_and_tasks() -> None:
