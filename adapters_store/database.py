@@ -152,11 +152,12 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _begin_postgresql(connection: Connection) -> None:
     if connection.get_execution_options().get("mhr_write", False):
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = {int(_BUSY_TIMEOUT_S * 1000)}")
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _ADVISORY_LOCK})
 
 
 def _remedy(cause: str) -> str:
-    if "locked" in cause:
+    if "locked" in cause or "lock timeout" in cause:
         return "Another process holds it for long; wait for it to finish or stop it."
     if "malformed" in cause or "not a database" in cause:
         return "The file is damaged; restore it from a backup."

@@ -12,7 +12,7 @@ from datetime import datetime
 from pathlib import Path
 from types import TracebackType
 
-from adapters_store import upkeep
+from adapters_store import upkeep, values
 from adapters_store.blobs import BlobStore
 from adapters_store.catalog import inventories as inventory_rows
 from adapters_store.catalog import jobs as job_rows
@@ -20,7 +20,7 @@ from adapters_store.catalog import tasks as task_rows
 from adapters_store.checkpoints import CheckpointFiles
 from adapters_store.database import Database, catalog_url
 from adapters_store.errors import Conflict, StoreError
-from adapters_store.models import InventoryRow
+from adapters_store.models import InventoryRow, JobRow
 from adapters_store.records import (
     BackupReport,
     Damage,
@@ -36,7 +36,6 @@ from adapters_store.records import (
     VersionKind,
     VersionRecord,
 )
-from adapters_store.values import check_inventory_name, check_key, check_limit, check_task_id, check_text, utc_now
 
 ORPHAN_AGE_S = 3600.0
 
@@ -56,7 +55,9 @@ class Store:
         self.blobs = blobs
 
     @classmethod
-    def open(cls, data_dir: Path, database_url: str | None = None, *, clock: Callable[[], datetime] = utc_now) -> Store:
+    def open(
+        cls, data_dir: Path, database_url: str | None = None, *, clock: Callable[[], datetime] = values.utc_now
+    ) -> Store:
         """Open the store, creating folders and schema where absent.
 
         The catalog is `catalog.sqlite3` in the data directory unless a URL names another. Raises StoreError
@@ -104,7 +105,7 @@ class Store:
         The same name with the same bytes changes nothing and returns the inventory there is. Raises
         InvalidValue, or Conflict for a name that has other bytes and for a task id that exists already.
         """
-        check_inventory_name(name)
+        values.check_inventory_name(name)
         task_rows.check_seeds(tasks)
         # Also when the inventory is known: importing again repairs what was damaged.
         digest, *routings = self.blobs.put_many([data, *(seed.blob for seed in tasks)])
@@ -149,7 +150,7 @@ class Store:
         self, task_id: str, *, instruction: str, defaults: Json, inventory: str | None, metadata: Json
     ) -> TaskRecord:
         """Create the task, or replace all of it but its versions. Raises InvalidValue, or NotFound (inventory)."""
-        check_task_id(task_id)
+        values.check_task_id(task_id)
         fields = task_rows.TaskFields(instruction, defaults, inventory, metadata)
         with self._database.write() as session:
             return task_rows.put_task(session, task_id, fields, self._clock()).record()
@@ -163,7 +164,7 @@ class Store:
         metadata: Json | None = None,
     ) -> TaskRecord:
         """Change what is given and keep the rest. Raises InvalidValue or NotFound."""
-        check_text("instruction", instruction)
+        values.check_text("instruction", instruction)
         with self._database.write() as session:
             row = task_rows.get_task(session, task_id)
             task_rows.update_task(row, instruction, defaults, metadata, self._clock())
@@ -187,7 +188,7 @@ class Store:
 
     def list_tasks(self, limit: int = 100, cursor: str | None = None, prefix: str | None = None) -> Page[TaskRecord]:
         """One page of tasks by id, of those that begin with `prefix`. Raises InvalidValue for a bad limit."""
-        check_limit(limit)
+        values.check_limit(limit)
         with self._database.read() as session:
             return task_rows.list_tasks(session, limit, cursor, prefix)
 
@@ -210,7 +211,7 @@ class Store:
         blob: bytes | None,
     ) -> VersionRecord:
         """Put the task, add a version and serve it, in one transaction. Raises as put_task and add_version."""
-        check_task_id(task_id)
+        values.check_task_id(task_id)
         fields = task_rows.TaskFields(instruction, defaults, inventory, metadata)
         task_rows.check_version(kind, inventory, blob is not None)
         new = task_rows.NewVersion(kind, inventory, self._stored(blob), instruction=instruction)
@@ -236,7 +237,7 @@ class Store:
 
         `instruction` is the one it was learned with. Raises InvalidValue, or NotFound (task, inventory).
         """
-        check_text("instruction", instruction)
+        values.check_text("instruction", instruction)
         task_rows.check_version(kind, inventory, blob is not None)
         stored = self._stored(blob)
         new = task_rows.NewVersion(kind, inventory, stored, method, job_id, metrics, instruction)
@@ -275,9 +276,9 @@ class Store:
         A second call with the same key and the same task, method and request returns the first job and
         False. Raises InvalidValue, or Conflict for a key that was used for another request.
         """
-        check_task_id(task_id)
-        check_key("method", method)
-        check_key("idempotency_key", idempotency_key)
+        values.check_task_id(task_id)
+        values.check_key("method", method)
+        values.check_key("idempotency_key", idempotency_key)
         with self._database.write() as session:
             row, created = job_rows.create_job(session, task_id, method, request, idempotency_key, self._clock())
             return row.record(), created
@@ -295,7 +296,7 @@ class Store:
         task_id: str | None = None,
     ) -> Page[JobRecord]:
         """One page of jobs, newest first. Raises InvalidValue for a bad limit, cursor or status."""
-        check_limit(limit)
+        values.check_limit(limit)
         with self._database.read() as session:
             return job_rows.list_jobs(session, limit, cursor, status, task_id)
 
@@ -306,7 +307,7 @@ class Store:
 
     def claim_job(self, worker_id: str, lease_s: float) -> JobRecord | None:
         """Give the worker the oldest job that is queued, or whose lease ran out; None if there is none."""
-        check_key("worker_id", worker_id)
+        values.check_key("worker_id", worker_id)
         with self._database.read() as session:
             # An idle worker asks often: look first, without the write lock.
             if job_rows.next_job(session, self._clock()) is None:
@@ -316,10 +317,7 @@ class Store:
             return None if row is None else row.record()
 
     def heartbeat(self, job_id: str, worker_id: str, lease_s: float, progress: Json | None = None) -> JobRecord:
-        """Renew the lease, and note the progress if there is any.
-
-        The caller looks at `cancel_requested` of what returns. Raises NotFound or LeaseLost.
-        """
+        """Renew the lease; the caller looks at `cancel_requested` of what returns. Raises NotFound or LeaseLost."""
         with self._database.write() as session:
             row = job_rows.held_job(session, job_id, worker_id)
             job_rows.renew(row, lease_s, progress, self._clock())
@@ -335,13 +333,13 @@ class Store:
         error: str | None = None,
         metrics: Json | None = None,
     ) -> JobRecord:
-        """End the job. Raises InvalidValue (status), NotFound or LeaseLost."""
+        """End the job; its checkpoint goes. Raises InvalidValue (status), NotFound or LeaseLost."""
         job_rows.check_finished(status)
-        check_text("error", error)
+        error = None if error is None else values.clean_text(error)
         with self._database.write() as session:
             row = job_rows.held_job(session, job_id, worker_id)
             job_rows.finish(session, row, status, version, error, metrics or {}, self._clock())
-            return row.record()
+        return self._without_checkpoint(row)
 
     def complete_job_with_version(
         self,
@@ -373,27 +371,25 @@ class Store:
             new = task_rows.NewVersion(kind, inventory, stored, job.method, job_id, metrics, instruction)
             version = task_rows.add_version(session, task, new, promote=promote, now=now)
             job_rows.finish(session, job, "succeeded", version.number, None, metrics, now)
-            return version.record()
+        self._without_checkpoint(job)
+        return version.record()
 
     def release_job(self, job_id: str, worker_id: str) -> JobRecord:
-        """Put the job back into the queue, e.g. at shutdown; a checkpoint stays, the attempt does not count.
+        """Put the job back into the queue, e.g. at shutdown; its checkpoint stays, the attempt does not count.
 
         A job whose cancellation was requested becomes cancelled. Raises NotFound or LeaseLost.
         """
         with self._database.write() as session:
             row = job_rows.held_job(session, job_id, worker_id)
             job_rows.release(session, row, self._clock())
-            return row.record()
+        return self._without_checkpoint(row)
 
     def request_cancel(self, job_id: str) -> JobRecord:
-        """Cancel a queued job at once; ask the worker of a running one to stop.
-
-        Raises NotFound, or Conflict when the job is finished.
-        """
+        """Cancel a queued job at once; ask the worker of a running one to stop. Raises NotFound or Conflict (ended)."""
         with self._database.write() as session:
             row = job_rows.get_job(session, job_id)
             job_rows.request_cancel(session, row, self._clock())
-            return row.record()
+        return self._without_checkpoint(row)
 
     def append_event(self, job_id: str, type: str, data: Json) -> JobEvent:
         """Add the job's next event. Raises InvalidValue (type) or NotFound."""
@@ -446,3 +442,9 @@ class Store:
 
     def _stored(self, blob: bytes | None) -> tuple[str, int] | None:
         return None if blob is None else (self.blobs.put(blob), len(blob))
+
+    def _without_checkpoint(self, row: JobRow) -> JobRecord:
+        """The job's record; its checkpoint is removed if it is finished. A crash before leaves that to `gc`."""
+        if row.status in job_rows.FINISHED:
+            self._checkpoints.delete(row.id)
+        return row.record()

@@ -66,6 +66,11 @@ def check_text(field: str, text: str | None) -> None:
             raise InvalidValue(field, f"{field} is not valid Unicode at character {error.start}.") from None
 
 
+def clean_text(text: str) -> str:
+    """The text with other characters for what `check_text` refuses: for messages that no user can correct."""
+    return text.encode("utf-8", "replace").decode().replace("\x00", "\ufffd")
+
+
 def check_key(field: str, text: str | None) -> None:
     """Raise InvalidValue for a short text that is empty or longer than MAX_KEY_LENGTH characters."""
     check_text(field, text)

@@ -336,6 +336,29 @@ def test_jobs_are_counted_by_status(store):
     assert store.count_jobs_by_status() == {"queued": 2, "running": 1, "succeeded": 0, "failed": 0, "cancelled": 0}
 
 
+def test_the_checkpoint_goes_with_the_job(store):
+    endings = {
+        "completed": lambda job: complete(store, job),
+        "failed": lambda job: store.finish_job(job.id, "w", "failed", error="x"),
+        "cancelled at release": lambda job: (store.request_cancel(job.id), store.release_job(job.id, "w")),
+        "cancelled in the queue": lambda job: (store.release_job(job.id, "w"), store.request_cancel(job.id)),
+    }
+    for name, end in endings.items():
+        job, _ = create(store)
+        store.claim_job("w", 30)
+        store.save_checkpoint(job.id, b"half way")
+        end(job)
+        assert store.load_checkpoint(job.id) is None, name
+
+
+def test_an_error_that_no_database_keeps_is_kept_in_substance(store):
+    job, _ = create(store)
+    store.claim_job("w", 30)
+    done = store.finish_job(job.id, "w", "failed", error="bad byte \x00 and half \ud800 a pair")
+    assert done.error == "bad byte \ufffd and half ? a pair"
+    assert store.get_job(job.id) == done
+
+
 def test_checkpoints_are_replaced_and_deleted(store):
     job, _ = create(store)
     assert store.load_checkpoint(job.id) is None

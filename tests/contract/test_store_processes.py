@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from adapters_store import DataDirInUse, DataDirLock, Store
+from adapters_store import CatalogUnavailable, DataDirInUse, DataDirLock, Store, database
 
 ROOT = Path(__file__).parents[2]
 CHILD = Path(__file__).with_name("store_child.py")
@@ -119,6 +119,16 @@ def test_threads_lose_no_version_no_event_and_no_job(store):
     assert sorted(seq for _, seq, _ in results) == list(range(2, 62))
     assert sorted(Counter(job_id for _, _, job_id in results).values()) == [12] * 5
     assert store.verify() == []
+
+
+def test_a_write_lock_that_never_comes_free_is_told(place, open_store, monkeypatch):
+    monkeypatch.setattr(database, "_BUSY_TIMEOUT_S", 0.1)
+    store, other = open_store(), open_store()
+    with other._database.write() as session:
+        session.connection()
+        with pytest.raises(CatalogUnavailable, match="Another process holds it for long"):
+            store.put_task("t", instruction="", defaults={}, inventory=None, metadata={})
+    store.put_task("t", instruction="", defaults={}, inventory=None, metadata={})
 
 
 def test_readers_go_on_while_a_writer_holds_the_lock(store, open_store):

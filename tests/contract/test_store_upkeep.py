@@ -121,7 +121,7 @@ def test_orphans_go_when_they_are_old(filled):
     age_all(filled)
     report = filled.gc()
     assert report.blobs == 3
-    assert report.freed_bytes == len(b"never committed" + b"routing a" + b"routing a, better" + b"half way") + 32
+    assert report.freed_bytes == len(b"never committed" + b"routing a" + b"routing a, better")
     assert orphan not in filled.blobs.digests()
     assert filled.verify() == []
 
@@ -146,6 +146,8 @@ def test_checkpoints_of_finished_jobs_go_and_others_stay(filled):
     waiting, _ = filled.create_job(task_id="b", method="mhr", request={})
     filled.save_checkpoint(waiting.id, b"kept")
     (finished,) = filled.list_jobs(status="succeeded").items
+    # As after a crash between the job's end and the removal of its checkpoint.
+    filled.save_checkpoint(finished.id, b"left")
     assert filled.gc().checkpoints == 1
     assert filled.load_checkpoint(finished.id) is None
     assert filled.load_checkpoint(waiting.id) == b"kept"

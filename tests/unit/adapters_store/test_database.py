@@ -43,17 +43,6 @@ def test_a_write_that_raises_changes_nothing(database):
         assert session.scalars(text("SELECT version_num FROM alembic_version")).all() == ["0001"]
 
 
-def test_a_write_lock_that_never_comes_free_is_told(tmp_path, monkeypatch):
-    monkeypatch.setattr(database_module, "_BUSY_TIMEOUT_S", 0.05)
-    with Store.open(tmp_path) as store:
-        other = sqlite3.connect(tmp_path / "catalog.sqlite3", isolation_level=None)
-        other.execute("BEGIN IMMEDIATE")
-        with pytest.raises(CatalogUnavailable, match="Another process holds it"):
-            store.put_task("t", instruction="", defaults={}, inventory=None, metadata={})
-        other.close()
-        store.put_task("t", instruction="", defaults={}, inventory=None, metadata={})
-
-
 def test_writers_wait_for_each_other(database):
     order = []
     inside = threading.Event()
