@@ -110,7 +110,15 @@ def test_prometheus_reads_the_rules_and_the_compose_service() -> None:
 
 
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-@pytest.mark.parametrize("command", [["check", "config", "prometheus.yml"], ["check", "rules", "alerts.yml"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["check", "config", str(DEPLOY / "prometheus.yml")],
+        ["check", "rules", str(DEPLOY / "alerts.yml")],
+        ["test", "rules", str(Path(__file__).with_name("alerts_test.yml"))],
+    ],
+    ids=["config", "rules", "cases"],
+)
 def test_promtool_accepts_the_files(command: list[str]) -> None:
-    done = subprocess.run(["promtool", *command], cwd=DEPLOY, capture_output=True, text=True, check=False)
+    done = subprocess.run(["promtool", *command], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
