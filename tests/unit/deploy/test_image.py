@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -101,3 +104,17 @@ def test_client_and_server_have_one_version() -> None:
         for path in ("pyproject.toml", "clients/python/pyproject.toml")
     }
     assert len(versions) == 1
+
+
+def test_health_check_is_a_program_that_fails_where_nothing_listens() -> None:
+    check = next(line for line in INSTRUCTIONS if line.startswith("HEALTHCHECK"))
+    command = json.loads(check[check.index("CMD [") + 4 :])
+    environ = {**os.environ, "MHR_PORT": "1"}
+    done = subprocess.run([sys.executable, *command[1:]], env=environ, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "Connection refused" in done.stderr
+
+
+def test_image_tag_is_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    assert _compose()["services"]["server"]["image"] == f"mhr-server:{version}"
