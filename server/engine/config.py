@@ -20,6 +20,7 @@ class EngineConfig:
     prefill_chunk: int = 256  # prompt tokens computed in one step, over all sequences
     adapter_slots: int | None = None  # resident adapters; None: one per sequence
     threads: int | None = None  # of the computation on CPU; None: torch's own choice
+    packed_head: bool = True  # on CPU in fp32, keep the output head in the processor's own layout too
 
     def __post_init__(self) -> None:
         for name in ("max_batch", "max_context", "max_queue", "prefill_chunk", "adapter_slots", "threads"):

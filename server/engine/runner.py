@@ -12,6 +12,7 @@ from server.adapters.slots import AdapterSlots, InputGroupFinder
 from server.engine.attention import AttentionSwitch, CachedAttention
 from server.engine.batch import Batch, build_batch
 from server.engine.config import EngineConfig
+from server.engine.packed_head import pack_head
 from server.engine.request import EngineRequest, Sequence, Status
 from server.engine.scheduler import PrefillChunk, StepPlan
 from server.engine.servable import check_config
@@ -32,6 +33,8 @@ class Runner:
     def __init__(self, model: PreTrainedModel, context: AdapterContext, config: EngineConfig) -> None:
         check_config(model.config, config.max_context)
         model.train(False)
+        if config.packed_head:
+            pack_head(model)
         self._model = model
         self._context = context
         self._config = config
