@@ -82,7 +82,8 @@ class Supervisor:
 
 def worker_command() -> list[str]:
     """The command of the adaptation worker as our child."""
-    return [sys.executable, "-m", "server", "worker", "--with-parent"]
+    # Without the working directory on the path, which may hold another `server`.
+    return [sys.executable, "-P", "-m", "server", "worker", "--with-parent"]
 
 
 def end_with_parent() -> None:

@@ -34,7 +34,7 @@ from server.training.prompts import DEFAULT_PROMPT_FORMAT
 BASE = "base"
 MEAN = "mu"
 RESERVED = frozenset({BASE, MEAN})
-_REFERENCE = re.compile(r"^([a-z0-9][a-z0-9._-]{0,127})(?:@([1-9][0-9]{0,8}))?$")
+_REFERENCE = re.compile(r"([a-z0-9][a-z0-9._-]{0,127})(?:@([1-9][0-9]{0,8}))?")
 
 
 @dataclass(frozen=True)
@@ -311,7 +311,7 @@ class TaskCatalog:
 
 def parse_reference(reference: str) -> tuple[str, int | None]:
     """("task", 3) of `task@3`, ("task", None) of `task`. Raises NotFound when no task can have that name."""
-    match = _REFERENCE.match(reference)
+    match = _REFERENCE.fullmatch(reference)
     if match is None:
         raise NotFound(f"there is no task {reference!r}; GET /tasks lists them", param="task_id")
     return match[1], None if match[2] is None else int(match[2])

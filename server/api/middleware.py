@@ -17,7 +17,7 @@ from server.metrics import Metrics
 
 REQUEST_ID_HEADER = "X-Request-Id"
 UNMATCHED_ROUTE = "unmatched"
-_SANE_ID = re.compile(r"^[A-Za-z0-9._-]{1,128}$")
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 # Outcomes that say "not now" or "not so much", whose codes are few.
 _REJECTIONS = frozenset({"unavailable", "too_large", "rate_limited"})
 # Asked by machines every few seconds.
@@ -41,7 +41,7 @@ class RequestContext:
             await self._app(scope, receive, send)
             return
         sent = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = sent if _SANE_ID.match(sent) else uuid.uuid4().hex
+        request_id = sent if _SANE_ID.fullmatch(sent) else uuid.uuid4().hex
         state = State(scope.setdefault("state", {}))
         state.request_id = request_id
         status: int | None = None
