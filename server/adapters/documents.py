@@ -25,7 +25,7 @@ def read_document(form: str, data: bytes) -> tuple[dict[str, Any], dict[str, Ten
     """(document, tensors) of a file made by `write_document`. Raises InvalidInput when it is not of that form."""
     try:
         length = int.from_bytes(data[:8], "little")
-        document: dict[str, Any] = json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY])
+        document = dict(json.loads(json.loads(data[8 : 8 + length])["__metadata__"][_KEY]))
         tensors = safetensors.torch.load(data)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise InvalidInput(

@@ -154,9 +154,9 @@ class Inventory:
                 prompt_format=document["prompt_format"],
                 routings={task: tensors["routing"][row] for row, task in enumerate(document["routed_tasks"])},
                 tasks={task: InventoryTask(**about) for task, about in document["tasks"].items()},
-                training=document["training"],
+                training=dict(document["training"]),
             )
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise InvalidInput(f"the inventory file is incomplete: {error} is missing or malformed") from error
 
 

@@ -70,8 +70,32 @@ def test_bytes_that_are_no_inventory_are_refused(make_inventory: MakeInventory) 
     whole = make_inventory().to_bytes()
     plain = safetensors.torch.save({"x": torch.zeros(2)})
     for data in (b"", b"hello", whole[:4], whole[:100], whole[:-1], plain, b"\xff" * 64):
-        with pytest.raises(InvalidInput, match="not an inventory file"):
+        with pytest.raises(InvalidInput, match="not a file of the form"):
             Inventory.from_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"alpha": "large"},
+        {"alpha": [1]},
+        {"linears": 5},
+        {"tasks": ["t"]},
+        {"tasks": {"t": {"colour": "red"}}},
+        {"routed_tasks": 1},
+        {"training": 7},
+    ],
+)
+def test_document_with_malformed_parts_is_refused(make_inventory: MakeInventory, changes: dict[str, object]) -> None:
+    whole = make_inventory(routings={"t": torch.zeros(3, 2, 3)}).to_bytes()
+    with pytest.raises(InvalidInput, match="incomplete"):
+        Inventory.from_bytes(with_document(whole, **changes))
+
+
+def test_document_that_is_no_object_is_refused() -> None:
+    data = safetensors.torch.save({"x": torch.zeros(2)}, metadata={"mhr": "[1, 2]"})
+    with pytest.raises(InvalidInput, match="not a file of the form"):
+        Inventory.from_bytes(data)
 
 
 def test_document_with_parts_missing_is_refused(make_inventory: MakeInventory) -> None:
