@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from transformers import PreTrainedConfig, PreTrainedModel
+
+from server.errors import InvalidInput
+
+_HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "cache_position"}
 
 
 class AttentionSwitch:
@@ -30,3 +34,12 @@ class AttentionSwitch:
         finally:
             for config, implementation in zip(self._configs, before, strict=True):
                 config._attn_implementation = implementation
+
+
+def refuse_extras(extras: Mapping[str, object]) -> None:
+    """Raise InvalidInput when a model passes its attention something that changes the result and ours ignore."""
+    for name, value in extras.items():
+        if value is not None and name not in _HARMLESS:
+            raise InvalidInput(
+                f"the backbone's attention uses {name!r}, which this server cannot compute; choose another backbone"
+            )

@@ -16,16 +16,15 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from server.attention_switch import AttentionSwitch, refuse_extras
 from server.engine.batch import AttentionBatch, DecodeRun, PrefillRows
-from server.errors import InvalidInput
 from server.memory import lazy_zeros
 
 NAME = "mhr_cached"
 _OWNER = "mhr_cached_attention"
-_HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "cache_position"}
 
 MaskKey = tuple[object, int | None]
 
@@ -168,28 +167,13 @@ class CachedAttention:
         return self._masks[key]
 
 
-class AttentionSwitch:
-    """Makes a model's modules use one CachedAttention while `engaged`, and their own attention otherwise."""
-
-    def __init__(self, model: PreTrainedModel, attention: CachedAttention) -> None:
-        ALL_ATTENTION_FUNCTIONS.register(NAME, _cached_attention)
-        configs = [getattr(module, "config", None) for module in model.modules()]
-        self._configs = list({id(c): c for c in configs if isinstance(c, PreTrainedConfig)}.values())
-        for module in model.modules():
-            if hasattr(module, "layer_idx"):
-                setattr(module, _OWNER, attention)
-
-    @contextmanager
-    def engaged(self) -> Iterator[None]:
-        """Switch to the cached attention; no mask function is registered for it, so the model builds no masks."""
-        before = [config._attn_implementation for config in self._configs]
-        for config in self._configs:
-            config._attn_implementation = NAME
-        try:
-            yield
-        finally:
-            for config, implementation in zip(self._configs, before, strict=True):
-                config._attn_implementation = implementation
+def switch_to_cache(model: PreTrainedModel, attention: CachedAttention) -> AttentionSwitch:
+    """A switch that makes the model's modules use `attention`."""
+    ALL_ATTENTION_FUNCTIONS.register(NAME, _cached_attention)
+    for module in model.modules():
+        if hasattr(module, "layer_idx"):
+            setattr(module, _OWNER, attention)
+    return AttentionSwitch(model, NAME)
 
 
 def _cached_attention(
@@ -204,11 +188,7 @@ def _cached_attention(
     **extras: object,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls by NAME."""
-    for name, value_given in extras.items():
-        if value_given is not None and name not in _HARMLESS:
-            raise InvalidInput(
-                f"the backbone's attention uses {name!r}, which this engine cannot compute; choose another backbone"
-            )
+    refuse_extras(extras)
     attention: CachedAttention = getattr(module, _OWNER)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer_idx: int = module.layer_idx  # type: ignore[assignment]  # nn.Module types its attributes as tensors

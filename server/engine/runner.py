@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from server.adapters.adapted_linear import AdapterContext
 from server.adapters.injection import linear_sizes
 from server.adapters.slots import AdapterSlots, InputGroupFinder
-from server.engine.attention import AttentionSwitch, CachedAttention
+from server.engine.attention import CachedAttention, switch_to_cache
 from server.engine.batch import Batch, build_batch
 from server.engine.config import EngineConfig
 from server.engine.packed_head import pack_head
@@ -40,7 +40,7 @@ class Runner:
         self._config = config
         self._device = model.device
         self._attention = CachedAttention(config.max_batch, config.max_context)
-        self._switch = AttentionSwitch(model, self._attention)
+        self._switch = switch_to_cache(model, self._attention)
         self.vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         self._slots = self._make_slots()
         self._probe()

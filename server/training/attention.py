@@ -13,11 +13,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from server.attention_switch import AttentionSwitch
-from server.errors import InvalidInput
+from server.attention_switch import AttentionSwitch, refuse_extras
 
 NAME = "mhr_causal"
-_HARMLESS = {"position_ids", "use_cache", "is_causal", "output_attentions", "output_hidden_states", "cache_position"}
 
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None = None) -> Tensor:
@@ -64,8 +62,6 @@ def _attention(
     **extras: object,
 ) -> tuple[Tensor, None]:
     """The function that transformers calls by NAME."""
-    for name, given in extras.items():
-        if given is not None and name not in _HARMLESS:
-            raise InvalidInput(f"the backbone's attention uses {name!r}, which training cannot compute; choose another")
+    refuse_extras(extras)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return causal_attention(query, key, value, scale, sliding_window), None
