@@ -156,7 +156,9 @@ def backup(target: Path, data_dir: DataDir = None, as_json: JsonFlag = False) ->
         report = opened.backup(target)
     if as_json:
         print_json(asdict(report))
-        return
-    typer.echo(f"wrote {report.blobs} blobs, {report.size_bytes} bytes, to {report.path}")
-    for damage in report.damaged:
-        typer.echo(f"not copied, {damage}", err=True)
+    else:
+        typer.echo(f"wrote {report.blobs} blobs, {report.size_bytes} bytes, to {report.path}")
+        for damage in report.damaged:
+            typer.echo(f"not copied, {damage}", err=True)
+    if report.damaged:
+        raise typer.Exit(1)

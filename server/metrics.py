@@ -100,8 +100,6 @@ class Metrics:
     def step(self, stats: StepStats) -> None:
         """One engine step."""
         self._steps.labels(stats.path).inc()
-        self._running.set(stats.running)
-        self._waiting.set(stats.waiting)
         self._prefix_tokens.labels("miss").inc(stats.prefill_tokens)
         if stats.decode_rows:
             self._batch_size.observe(stats.decode_rows)
@@ -126,6 +124,11 @@ class Metrics:
 
     def job_finished(self, method: str, seconds: float) -> None:
         self._job_duration.labels(method).observe(seconds)
+
+    def watch_engine(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+        """Read the engine's own counts at every scrape."""
+        self._running.set_function(running)
+        self._waiting.set_function(waiting)
 
     def watch_adapter_cache(self, stats: Callable[[], CacheStats]) -> None:
         """Read the adapter cache's own counts at every scrape."""

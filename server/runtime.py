@@ -147,6 +147,7 @@ class Runtime:
         )
         runner = Runner(backbone.model, inject(backbone.model), config)
         engine = EngineService(Engine(runner, config, backbone.eos_token_ids), on_step=self.metrics.step)
+        self.metrics.watch_engine(lambda: engine.num_running, lambda: engine.num_waiting)
         generation = GenerationService(
             catalog,
             engine,

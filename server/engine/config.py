@@ -48,8 +48,6 @@ class StepStats:
     prefill_tokens: int
     generated_tokens: int
     distinct_tasks: int
-    waiting: int  # after the step
-    running: int  # after the step
     seconds: float
 
     @property

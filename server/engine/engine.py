@@ -143,8 +143,6 @@ class Engine:
             prefill_tokens=plan.num_prefill_tokens,
             generated_tokens=len(choices),
             distinct_tasks=len({s.request.task for s in plan.sequences}),
-            waiting=self.scheduler.num_waiting,
-            running=self.scheduler.num_active,
             seconds=now_s - started_s,
         )
 

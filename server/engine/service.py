@@ -133,6 +133,16 @@ class EngineService:
         """Requests that have not had their last output."""
         return len(self._streams)
 
+    @property
+    def num_running(self) -> int:
+        """Requests in the batch."""
+        return self._engine.scheduler.num_active
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that wait for a place in the batch."""
+        return len(self._arrivals) + self._engine.scheduler.num_waiting
+
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Refuse new requests and wait for the open ones; False when some were left after `timeout_s`."""
         self._draining = True

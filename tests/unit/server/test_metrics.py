@@ -41,6 +41,15 @@ def test_the_names_are_the_designed_ones() -> None:
     assert names == DESIGNED
 
 
+def test_the_engines_counts_are_read_at_every_scrape() -> None:
+    metrics = Metrics()
+    counts = {"running": 4, "waiting": 5}
+    metrics.watch_engine(lambda: counts["running"], lambda: counts["waiting"])
+    assert {"mhr_requests_running 4.0", "mhr_requests_waiting 5.0"} <= set(metrics.render().decode().splitlines())
+    counts["running"] = 0
+    assert "mhr_requests_running 0.0" in metrics.render().decode().splitlines()
+
+
 def test_a_step_moves_its_metrics() -> None:
     metrics = Metrics()
     metrics.step(
@@ -50,16 +59,12 @@ def test_a_step_moves_its_metrics() -> None:
             prefill_tokens=20,
             generated_tokens=4,
             distinct_tasks=2,
-            waiting=5,
-            running=4,
             seconds=0.1,
         )
     )
     lines = metrics.render().decode().splitlines()
     for line in (
         'mhr_steps_total{path="slots"} 1.0',
-        "mhr_requests_running 4.0",
-        "mhr_requests_waiting 5.0",
         "mhr_batch_size_sum 3.0",
         "mhr_batch_distinct_tasks_sum 2.0",
         'mhr_prefix_cache_tokens_total{result="miss"} 20.0',
