@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from server.api.schemas import ErrorAnswer
+from server.api.views import ErrorAnswer
 
 TITLE = "MHR Server"
 SUMMARY = "One backbone, a learned inventory of adapters, and tasks that are small routings over it."

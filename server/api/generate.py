@@ -9,7 +9,7 @@ from fastapi import APIRouter, Depends, Request
 from fastapi.responses import Response
 from sse_starlette import EventSourceResponse, ServerSentEvent
 
-from server.api import schemas
+from server.api import schemas, views
 from server.api.deps import AcceptingDep, RuntimeDep, require_key
 from server.api.docs import ERRORS
 from server.api.streaming import ClientGone, event, stream_answer, until_gone
@@ -22,17 +22,17 @@ _CLIENT_CLOSED = 499
 
 _STREAM_DOCS: dict[int | str, dict[str, Any]] = {
     200: {
-        "model": schemas.GenerateAnswer,
+        "model": views.GenerateAnswer,
         "description": "The answer; with `stream`, events `token`, then one `done` or one `error`",
         "content": {"text/event-stream": {"schema": {"type": "string"}}},
     }
 }
 
 
-@router.post("/generate", response_model=schemas.GenerateAnswer, responses={**_STREAM_DOCS, **ERRORS})
+@router.post("/generate", response_model=views.GenerateAnswer, responses={**_STREAM_DOCS, **ERRORS})
 async def generate(
     body: schemas.GenerateRequest, request: Request, services: AcceptingDep, runtime: RuntimeDep
-) -> schemas.GenerateAnswer | Response:
+) -> views.GenerateAnswer | Response:
     """Answer one input or several with a task."""
     call = GenerationCall(
         reference=body.task_id,
@@ -47,17 +47,17 @@ async def generate(
     except ClientGone:
         request.state.outcome = "cancelled"
         return Response(status_code=_CLIENT_CLOSED)
-    return schemas.GenerateAnswer.model_validate(answer)
+    return views.GenerateAnswer.model_validate(answer)
 
 
 async def _stream(call: GenerationCall, request: Request, services: Services, runtime: Runtime) -> EventSourceResponse:
-    async def start(emit: Callable[[ServerSentEvent], None]) -> schemas.GenerateAnswer:
+    async def start(emit: Callable[[ServerSentEvent], None]) -> views.GenerateAnswer:
         answer = await services.generation.answer(
             call,
             on_text=lambda index, text: emit(event("token", {"index": index, "text": text})),
             on_task=_task_noter(request),
         )
-        return schemas.GenerateAnswer.model_validate(answer)
+        return views.GenerateAnswer.model_validate(answer)
 
     return await stream_answer(request, start, grace_s=runtime.settings.drain_timeout_s)
 

@@ -12,7 +12,7 @@ from sse_starlette import ServerSentEvent
 
 from adapters_store.records import JobEvent, JobRecord
 from adapters_store.store import Store
-from server.api import schemas
+from server.api import schemas, views
 from server.api.deps import RuntimeDep, require_key
 from server.api.docs import ERRORS
 from server.api.streaming import event, event_stream
@@ -22,28 +22,28 @@ _FINISHED = frozenset({"succeeded", "failed", "cancelled"})
 _POLL_S = 0.25
 
 
-@router.get("/jobs", response_model=schemas.JobPage, responses=ERRORS)
-def list_jobs(query: Annotated[schemas.JobQuery, Query()], runtime: RuntimeDep) -> schemas.JobPage:
+@router.get("/jobs", response_model=views.JobPage, responses=ERRORS)
+def list_jobs(query: Annotated[schemas.JobQuery, Query()], runtime: RuntimeDep) -> views.JobPage:
     """Jobs, newest first."""
     page = runtime.store.list_jobs(query.limit, query.cursor, query.status, query.task_id)
-    return schemas.JobPage(data=[job_view(job) for job in page.items], next_cursor=page.next_cursor)
+    return views.JobPage(data=[job_view(job) for job in page.items], next_cursor=page.next_cursor)
 
 
-@router.get("/jobs/{job_id}", response_model=schemas.JobView, responses=ERRORS)
-def get_job(job_id: str, runtime: RuntimeDep) -> schemas.JobView:
+@router.get("/jobs/{job_id}", response_model=views.JobView, responses=ERRORS)
+def get_job(job_id: str, runtime: RuntimeDep) -> views.JobView:
     """One job: its progress, its metrics, the version it made, the reason of its failure."""
     return job_view(runtime.store.get_job(job_id))
 
 
-@router.post("/jobs/{job_id}/cancel", response_model=schemas.JobView, responses=ERRORS)
-def cancel_job(job_id: str, runtime: RuntimeDep) -> schemas.JobView:
+@router.post("/jobs/{job_id}/cancel", response_model=views.JobView, responses=ERRORS)
+def cancel_job(job_id: str, runtime: RuntimeDep) -> views.JobView:
     """Cancel a job: a queued one at once, a running one after its present step."""
     return job_view(runtime.store.request_cancel(job_id))
 
 
 @router.get(
     "/jobs/{job_id}/events",
-    response_model=schemas.EventPage,
+    response_model=views.EventPage,
     responses={
         200: {
             "description": "The events; with `Accept: text/event-stream`, a stream that ends with the job",
@@ -59,14 +59,14 @@ async def job_events(
     runtime: RuntimeDep,
     accept: Annotated[str, Header()] = "application/json",
     last_event_id: Annotated[str | None, Header(pattern=r"^[0-9]{1,9}$")] = None,
-) -> schemas.EventPage | Response:
+) -> views.EventPage | Response:
     """What happened to a job, oldest first."""
     after = max(query.after, int(last_event_id or 0))
     await asyncio.to_thread(runtime.store.get_job, job_id)
     if "text/event-stream" in accept:
         return event_stream(_follow(runtime.store, job_id, after))
     events = await asyncio.to_thread(runtime.store.list_events, job_id, after)
-    return schemas.EventPage(data=[_view(item) for item in events])
+    return views.EventPage(data=[_view(item) for item in events])
 
 
 async def _follow(store: Store, job_id: str, after: int) -> AsyncIterator[ServerSentEvent]:
@@ -81,9 +81,9 @@ async def _follow(store: Store, job_id: str, after: int) -> AsyncIterator[Server
         await asyncio.sleep(_POLL_S)
 
 
-def job_view(job: JobRecord) -> schemas.JobView:
+def job_view(job: JobRecord) -> views.JobView:
     """A job without its examples."""
-    return schemas.JobView(
+    return views.JobView(
         id=job.id,
         task_id=job.task_id,
         method=job.method,
@@ -103,5 +103,5 @@ def job_view(job: JobRecord) -> schemas.JobView:
     )
 
 
-def _view(item: JobEvent) -> schemas.EventView:
-    return schemas.EventView.model_validate(item)
+def _view(item: JobEvent) -> views.EventView:
+    return views.EventView.model_validate(item)

@@ -7,7 +7,7 @@ import asyncio
 from fastapi import APIRouter, Depends, Response
 
 from server import __version__
-from server.api import schemas
+from server.api import views
 from server.api.deps import RuntimeDep, require_key
 from server.api.docs import ERRORS
 from server.metrics import CONTENT_TYPE
@@ -16,23 +16,23 @@ from server.runtime import Phase
 router = APIRouter(tags=["server"])
 
 
-@router.get("/healthz", response_model=schemas.Health)
-async def healthz() -> schemas.Health:
+@router.get("/healthz", response_model=views.Health)
+async def healthz() -> views.Health:
     """200 while the process answers at all."""
-    return schemas.Health(status="ok")
+    return views.Health(status="ok")
 
 
 @router.get(
     "/readyz",
-    response_model=schemas.Health,
-    responses={503: {"model": schemas.Health, "description": "Warming or draining; `reason` says which"}},
+    response_model=views.Health,
+    responses={503: {"model": views.Health, "description": "Warming or draining; `reason` says which"}},
 )
-async def readyz(runtime: RuntimeDep, response: Response) -> schemas.Health:
+async def readyz(runtime: RuntimeDep, response: Response) -> views.Health:
     """200 when the server takes work, else 503 with the reason."""
     if runtime.phase is not Phase.READY:
         response.status_code = 503
         response.headers["Retry-After"] = "1"
-    return schemas.Health(status=runtime.phase.value, reason=runtime.reason)
+    return views.Health(status=runtime.phase.value, reason=runtime.reason)
 
 
 @router.get(
@@ -47,18 +47,18 @@ async def metrics(runtime: RuntimeDep) -> Response:
     return Response(await asyncio.to_thread(runtime.scrape), media_type=CONTENT_TYPE)
 
 
-@router.get("/info", response_model=schemas.Info, responses=ERRORS, dependencies=[Depends(require_key)])
-def info(runtime: RuntimeDep) -> schemas.Info:
+@router.get("/info", response_model=views.Info, responses=ERRORS, dependencies=[Depends(require_key)])
+def info(runtime: RuntimeDep) -> views.Info:
     """What runs here: version, backbone, served inventory and settings, without secrets."""
     services = runtime.services_if_warm()
     served = None if services is None else services.catalog.served_inventory()
     backbone = None if services is None else services.backbone
-    return schemas.Info(
+    return views.Info(
         version=__version__,
         status=runtime.phase.value,
         backbone=None
         if backbone is None
-        else schemas.BackboneView(
+        else views.BackboneView(
             name=backbone.name,
             fingerprint=backbone.fingerprint,
             context_length=backbone.context_length,

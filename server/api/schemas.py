@@ -1,9 +1,8 @@
-"""The wire's models by role. Unknown fields are refused, types are not coerced, every accepted field has an effect."""
+"""The wire's models of what comes in: unknown fields are refused, types are not coerced."""
 
 from __future__ import annotations
 
 import json
-from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -23,16 +22,14 @@ def _as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
-def _none_empty(values: list[str]) -> list[str]:
-    if not values or any(not value.strip() for value in values):
-        raise ValueError("it is empty; send at least one text, and no empty one")
-    return values
-
-
 def _some_texts(values: list[str]) -> list[str]:
-    if not values or any(value == "" for value in values):
+    if not values or "" in values:
         raise ValueError("it is empty; send at least one text, and no empty one")
     return values
+
+
+def _some_answers(values: list[str]) -> list[str]:
+    return _some_texts(values if all(value.strip() for value in values) else [])
 
 
 def _whole_characters(value: str) -> str:
@@ -41,9 +38,7 @@ def _whole_characters(value: str) -> str:
         try:
             value.encode()
         except UnicodeEncodeError as error:
-            raise ValueError(
-                f"it holds half of a surrogate pair at character {error.start}, which is no text"
-            ) from None
+            raise ValueError(f"it holds half of a surrogate pair at character {error.start}") from None
     return value
 
 
@@ -65,7 +60,7 @@ _ONE_OR_MANY = WithJsonSchema(
 )
 Characters = Annotated[str, AfterValidator(_whole_characters)]
 Texts = Annotated[list[Characters], BeforeValidator(_as_list), AfterValidator(_some_texts), _ONE_OR_MANY]
-Answers = Annotated[list[Characters], BeforeValidator(_as_list), AfterValidator(_none_empty), _ONE_OR_MANY]
+Answers = Annotated[list[Characters], BeforeValidator(_as_list), AfterValidator(_some_answers), _ONE_OR_MANY]
 Text = Annotated[Characters, Field(min_length=1, max_length=MAX_TEXT)]
 Instruction = Annotated[Characters, Field(max_length=MAX_TEXT)]
 Metadata = Annotated[dict[str, Any], AfterValidator(_storable)]
@@ -75,29 +70,6 @@ class Wire(BaseModel):
     """What comes in: strict and closed."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
-
-
-class View(BaseModel):
-    """What goes out."""
-
-    model_config = ConfigDict(frozen=True, from_attributes=True)
-
-
-# --- errors -----------------------------------------------------------------------------------------------------
-
-
-class ErrorBody(View):
-    type: str
-    message: str
-    param: str | None
-    code: str
-
-
-class ErrorAnswer(View):
-    error: ErrorBody
-
-
-# --- generate ---------------------------------------------------------------------------------------------------
 
 
 class GenerationDefaults(Wire):
@@ -177,59 +149,6 @@ class GenerateRequest(Wire):
         return self
 
 
-class TokenView(View):
-    token_id: int
-    token: str
-    logprob: float
-
-
-class LogprobView(TokenView):
-    top: list[TokenView] = Field(description="The likeliest tokens at this place, likeliest first")
-
-
-class ScoreView(View):
-    text: str
-    score: float = Field(description="Mean log-likelihood of the answer's tokens")
-    logprob: float = Field(description="Their sum")
-    tokens: int
-
-
-class OutputView(View):
-    index: int = Field(description="input number * n + answer number")
-    text: str
-    finish_reason: FinishReason
-    prompt_tokens: int
-    completion_tokens: int
-    logprobs: list[LogprobView] | None = None
-    scores: list[ScoreView] | None = Field(
-        default=None, description="With `choices`: each answer's score, in the given order"
-    )
-
-
-class UsageView(View):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class TimingView(View):
-    queue_ms: float
-    ttft_ms: float | None
-    total_ms: float
-
-
-class GenerateAnswer(View):
-    id: str
-    task_id: str
-    version: int | None = Field(description="The version that answered; null for `base` and `mu`")
-    outputs: list[OutputView]
-    usage: UsageView
-    timing: TimingView
-
-
-# --- adapt and jobs ---------------------------------------------------------------------------------------------
-
-
 class ExampleIn(Wire):
     input: Text
     output: Answers = Field(description="The right answer, or several that count as right, the preferred one first")
@@ -288,45 +207,6 @@ class AdaptRequest(Wire):
     metadata: Metadata = Field(default_factory=dict)
 
 
-class JobView(View):
-    id: str
-    task_id: str
-    method: str
-    status: JobStatus
-    version: int | None = Field(description="The version that the job made")
-    progress: dict[str, Any]
-    metrics: dict[str, Any]
-    error: str | None
-    attempts: int
-    cancel_requested: bool
-    inventory: str | None
-    promote: str
-    num_examples: int
-    created_at: datetime
-    started_at: datetime | None
-    finished_at: datetime | None
-
-
-class JobPage(View):
-    data: list[JobView]
-    next_cursor: str | None
-
-
-class EventView(View):
-    seq: int
-    type: str
-    data: dict[str, Any]
-    created_at: datetime
-
-
-class EventPage(View):
-    data: list[EventView]
-    next_cursor: str | None = None
-
-
-# --- tasks ------------------------------------------------------------------------------------------------------
-
-
 class TaskPut(Wire):
     model_config = ConfigDict(
         json_schema_extra={
@@ -368,90 +248,6 @@ class TaskPatch(Wire):
 
 class Promotion(Wire):
     version: int = Field(ge=1)
-
-
-class VersionView(View):
-    number: int
-    kind: Literal["routing", "adapter", "mu"]
-    inventory: str | None
-    size_bytes: int
-    method: str | None
-    job_id: str | None
-    metrics: dict[str, Any]
-    created_at: datetime
-
-
-class TaskView(View):
-    id: str
-    instruction: str
-    defaults: dict[str, Any]
-    inventory: str | None
-    served_version: int | None
-    metadata: dict[str, Any]
-    created_at: datetime
-    updated_at: datetime
-
-
-class TaskDetail(TaskView):
-    versions: list[VersionView]
-
-
-class TaskPage(View):
-    data: list[TaskView]
-    next_cursor: str | None
-
-
-# --- inventories and the server ---------------------------------------------------------------------------------
-
-
-class InventoryView(View):
-    name: str
-    digest: str
-    served: bool = Field(description="Whether `mu` and new tasks use it")
-    fits: bool = Field(description="Whether it was made for the served backbone")
-    backbone_fingerprint: str
-    num_skills: int
-    num_heads: int
-    rank: int
-    alpha: float
-    size_bytes: int
-    metadata: dict[str, Any]
-    created_at: datetime
-
-
-class InventoryDetail(InventoryView):
-    linears: dict[str, list[int]] = Field(description="Each adapted linear's [d_in, d_out], in the routing's order")
-    tasks: list[str] = Field(description="The training tasks it brought along")
-
-
-class InventoryPage(View):
-    data: list[InventoryView]
-    next_cursor: str | None = None
-
-
-class Health(View):
-    status: str
-    reason: str | None = None
-
-
-class BackboneView(View):
-    name: str
-    fingerprint: str
-    context_length: int
-    device: str
-    dtype: str
-
-
-class Info(View):
-    version: str
-    status: str
-    backbone: BackboneView | None
-    inventory: str | None
-    tasks: int
-    settings: dict[str, Any]
-
-
-# --- queries ----------------------------------------------------------------------------------------------------
 
 
 class PageQuery(BaseModel):

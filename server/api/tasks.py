@@ -8,7 +8,7 @@ from fastapi import APIRouter, Depends, Path, Query, Request, Response
 
 from adapters_store.records import TaskRecord
 from adapters_store.store import Store
-from server.api import schemas
+from server.api import schemas, views
 from server.api.deps import AcceptingDep, RuntimeDep, ServicesDep, require_key
 from server.api.docs import ERRORS
 from server.tasks import check_not_reserved
@@ -25,24 +25,24 @@ def _new_id(task_id: Annotated[str, Path(pattern=schemas.TASK_ID)]) -> str:
 WritableId = Annotated[str, Depends(_new_id)]
 
 
-@router.get("/tasks", response_model=schemas.TaskPage, responses=ERRORS)
-def list_tasks(query: Annotated[schemas.TaskQuery, Query()], runtime: RuntimeDep) -> schemas.TaskPage:
+@router.get("/tasks", response_model=views.TaskPage, responses=ERRORS)
+def list_tasks(query: Annotated[schemas.TaskQuery, Query()], runtime: RuntimeDep) -> views.TaskPage:
     """Tasks, ordered by id. `base` and `mu` are always there and not listed."""
     page = runtime.store.list_tasks(query.limit, query.cursor, query.prefix)
-    data = [schemas.TaskView.model_validate(task) for task in page.items]
-    return schemas.TaskPage(data=data, next_cursor=page.next_cursor)
+    data = [views.TaskView.model_validate(task) for task in page.items]
+    return views.TaskPage(data=data, next_cursor=page.next_cursor)
 
 
-@router.get("/tasks/{task_id}", response_model=schemas.TaskDetail, responses=ERRORS)
-def get_task(task_id: str, runtime: RuntimeDep) -> schemas.TaskDetail:
+@router.get("/tasks/{task_id}", response_model=views.TaskDetail, responses=ERRORS)
+def get_task(task_id: str, runtime: RuntimeDep) -> views.TaskDetail:
     """One task with its versions, oldest first."""
     return _detail(runtime.store, runtime.store.get_task(task_id))
 
 
 @router.put(
     "/tasks/{task_id}",
-    response_model=schemas.TaskDetail,
-    responses={201: {"model": schemas.TaskDetail, "description": "The task is new"}, **ERRORS},
+    response_model=views.TaskDetail,
+    responses={201: {"model": views.TaskDetail, "description": "The task is new"}, **ERRORS},
 )
 def put_task(
     task_id: WritableId,
@@ -51,7 +51,7 @@ def put_task(
     response: Response,
     services: AcceptingDep,
     runtime: RuntimeDep,
-) -> schemas.TaskDetail:
+) -> views.TaskDetail:
     """Register a task without examples: the inventory's mean, or a routing of your own. Replaces a task of that id."""
     task, created = services.catalog.register(
         task_id,
@@ -66,10 +66,10 @@ def put_task(
     return _detail(runtime.store, task)
 
 
-@router.patch("/tasks/{task_id}", response_model=schemas.TaskDetail, responses=ERRORS)
+@router.patch("/tasks/{task_id}", response_model=views.TaskDetail, responses=ERRORS)
 def patch_task(
     task_id: WritableId, body: schemas.TaskPatch, services: ServicesDep, runtime: RuntimeDep
-) -> schemas.TaskDetail:
+) -> views.TaskDetail:
     """Change a task's instruction, generation defaults or metadata; each that is sent replaces the old one."""
     task = services.catalog.change(
         task_id,
@@ -86,8 +86,8 @@ def delete_task(task_id: WritableId, runtime: RuntimeDep) -> None:
     runtime.store.delete_task(task_id)
 
 
-@router.post("/tasks/{task_id}/promote", response_model=schemas.TaskDetail, responses=ERRORS)
-def promote_task(task_id: WritableId, body: schemas.Promotion, runtime: RuntimeDep) -> schemas.TaskDetail:
+@router.post("/tasks/{task_id}/promote", response_model=views.TaskDetail, responses=ERRORS)
+def promote_task(task_id: WritableId, body: schemas.Promotion, runtime: RuntimeDep) -> views.TaskDetail:
     """Serve this version from now on. Requests in flight finish on the version they began with."""
     return _detail(runtime.store, runtime.store.promote(task_id, body.version))
 
@@ -111,6 +111,6 @@ def export_task(task_id: str, query: Annotated[schemas.ExportQuery, Query()], se
     return Response(archive.content, media_type="application/x-tar", headers=headers)
 
 
-def _detail(store: Store, task: TaskRecord) -> schemas.TaskDetail:
-    versions = [schemas.VersionView.model_validate(version) for version in store.list_versions(task.id)]
-    return schemas.TaskDetail(**vars(schemas.TaskView.model_validate(task)), versions=versions)
+def _detail(store: Store, task: TaskRecord) -> views.TaskDetail:
+    versions = [views.VersionView.model_validate(version) for version in store.list_versions(task.id)]
+    return views.TaskDetail(**vars(views.TaskView.model_validate(task)), versions=versions)

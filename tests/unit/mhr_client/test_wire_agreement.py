@@ -9,26 +9,26 @@ import pytest
 from pydantic import BaseModel
 
 from mhr_client import types
-from server.api import schemas
+from server.api import schemas, views
 
 
 @pytest.mark.parametrize(
     ("ours", "theirs"),
     [
-        (types.Generation, schemas.GenerateAnswer),
-        (types.Output, schemas.OutputView),
-        (types.Usage, schemas.UsageView),
-        (types.Timing, schemas.TimingView),
-        (types.Logprob, schemas.LogprobView),
-        (types.TokenLogprob, schemas.TokenView),
-        (types.Score, schemas.ScoreView),
-        (types.JobInfo, schemas.JobView),
-        (types.JobEvent, schemas.EventView),
-        (types.Task, schemas.TaskDetail),
-        (types.Version, schemas.VersionView),
-        (types.Inventory, schemas.InventoryDetail),
-        (types.Info, schemas.Info),
-        (types.Backbone, schemas.BackboneView),
+        (types.Generation, views.GenerateAnswer),
+        (types.Output, views.OutputView),
+        (types.Usage, views.UsageView),
+        (types.Timing, views.TimingView),
+        (types.Logprob, views.LogprobView),
+        (types.TokenLogprob, views.TokenView),
+        (types.Score, views.ScoreView),
+        (types.JobInfo, views.JobView),
+        (types.JobEvent, views.EventView),
+        (types.Task, views.TaskDetail),
+        (types.Version, views.VersionView),
+        (types.Inventory, views.InventoryDetail),
+        (types.Info, views.Info),
+        (types.Backbone, views.BackboneView),
     ],
 )
 def test_answers(ours: type, theirs: type[BaseModel]) -> None:
