@@ -87,7 +87,7 @@ class Engine:
     def step(self) -> tuple[list[Output], StepStats | None]:
         """Compute one step and return what happened since the last one; no stats when there was nothing to compute."""
         started_s = time.monotonic()
-        plan = self._admit(self.scheduler.schedule())
+        plan = self._bring_adapters(self.scheduler.schedule())
         if not plan.sequences:
             return self._take_events(), None
         try:
@@ -118,13 +118,15 @@ class Engine:
         self.scheduler.check_integrity()
         self._runner.check_integrity()
 
-    def _admit(self, plan: StepPlan) -> StepPlan:
-        """Bring the new sequences' adapters in; a sequence whose adapter does not fit ends here."""
-        for sequence in plan.admitted:
+    def _bring_adapters(self, plan: StepPlan) -> StepPlan:
+        """Bring the beginning sequences' adapters in; a sequence whose adapter does not fit ends here."""
+        for chunk in plan.prefill:
+            if not chunk.begins_prefill:
+                continue
             try:
-                self._runner.admit(sequence)
+                self._runner.bring_adapter(chunk.sequence)
             except MHRError as error:
-                self._finish(sequence, "error", error)
+                self._finish(chunk.sequence, "error", error)
         return plan.without_finished()
 
     def _post_process(

@@ -45,7 +45,7 @@ class Runner:
         self._slots = self._make_slots()
         self._probe()
 
-    def admit(self, sequence: Sequence) -> None:
+    def bring_adapter(self, sequence: Sequence) -> None:
         """Bring the sequence's adapter into a slot. Raises AdapterUnavailable when it does not fit the model."""
         handle = sequence.request.adapter
         if handle is not None:
@@ -110,9 +110,9 @@ class Runner:
         sequence = Sequence(EngineRequest("probe", "probe", tuple(tokens[0].tolist())), arrival_s=0.0, kv_slot=0)
         for start, stop in ((0, length // 2), (length // 2, length - 1)):
             if start < stop:
-                self.run(self.prepare(StepPlan((), (), (PrefillChunk(sequence, start, stop),))))
+                self.run(self.prepare(StepPlan((), (PrefillChunk(sequence, start, stop),))))
         sequence.num_computed_tokens, sequence.status = length - 1, Status.RUNNING
-        actual = self.run(self.prepare(StepPlan((), (sequence,), ())))[0]
+        actual = self.run(self.prepare(StepPlan((sequence,), ())))[0]
         self._attention.clear(0, length)
         tolerance = _PROBE_TOLERANCE.get(self._model.dtype, _PROBE_TOLERANCE_16_BIT)
         difference = (actual - expected).abs().max().item()

@@ -114,28 +114,25 @@ def _draw(logits: Tensor, sequences: Sequence[RequestState]) -> Tensor:
     probs = torch.softmax(logits.double() / temperature, dim=-1)  # (n, V)
     if all(p.top_p == 1 and p.min_p == 0 and p.top_k == 0 for p in params):
         return _invert(probs.cumsum(dim=-1), probs.new_full(uniform.shape, vocabulary), uniform)
-    num_candidates = min(vocabulary, max(_CANDIDATES, *(p.top_k for p in params)))
-    for count in dict.fromkeys((num_candidates, vocabulary)):
+    enough = vocabulary if logits.is_cuda else min(vocabulary, max(_CANDIDATES, *(p.top_k for p in params)))
+    for count in dict.fromkeys((enough, vocabulary)):
         sorted_probs, order = probs.topk(count, dim=-1)  # (n, C), likeliest first
         cumulated = sorted_probs.cumsum(dim=-1)
-        keep, enough = _nucleus(sorted_probs, cumulated, top_k, top_p, min_p)
-        if count == vocabulary or enough:
+        kept = _nucleus(sorted_probs, cumulated, top_k, top_p, min_p)
+        if count == vocabulary or not kept[:, -1].any():
             break
-    return order.gather(1, _invert(cumulated, keep, uniform)[:, None])[:, 0]
+    return order.gather(1, _invert(cumulated, kept.sum(dim=-1, keepdim=True), uniform)[:, None])[:, 0]
 
 
-def _nucleus(probs: Tensor, cumulated: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> tuple[Tensor, bool]:
-    """How many of the sorted candidates (n, C) each row keeps, (n, 1), and whether C candidates were enough.
-
-    All three filters keep a prefix of the sorted candidates.
-    """
+def _nucleus(probs: Tensor, cumulated: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Which of the sorted candidates (n, C) each row keeps; always a prefix. One that keeps all may need more."""
     rank = torch.arange(probs.shape[1], device=probs.device)
     last = (top_k.long() - 1).clamp(max=probs.shape[1] - 1)
     whole = torch.where(top_k <= probs.shape[1], cumulated.gather(1, last), 1.0)  # (n, 1) mass left by top_k
     before = cumulated - probs
     kept = (rank < top_k) & (before < top_p * whole) & (probs >= min_p * probs[:, :1])
     kept[:, 0] = True
-    return kept.sum(dim=-1, keepdim=True), not bool(kept[:, -1].any())
+    return kept
 
 
 def _invert(cumulated: Tensor, keep: Tensor, uniform: Tensor) -> Tensor:

@@ -33,6 +33,10 @@ class PrefillChunk:
     stop: int
 
     @property
+    def begins_prefill(self) -> bool:
+        return self.start == 0
+
+    @property
     def completes_prefill(self) -> bool:
         return self.stop == self.sequence.num_prefill_tokens
 
@@ -52,7 +56,6 @@ class PrefillChunk:
 class StepPlan:
     """The work of one step."""
 
-    admitted: tuple[Sequence, ...]  # new in this step; each of them is also in `prefill` now or later
     decode: tuple[Sequence, ...]  # one token each
     prefill: tuple[PrefillChunk, ...]
 
@@ -70,7 +73,6 @@ class StepPlan:
         if len(alive) == len(self.sequences):
             return self
         return StepPlan(
-            admitted=tuple(s for s in self.admitted if s in alive),
             decode=tuple(s for s in self.decode if s in alive),
             prefill=tuple(chunk for chunk in self.prefill if chunk.sequence in alive),
         )
@@ -117,10 +119,9 @@ class Scheduler:
 
     def schedule(self) -> StepPlan:
         """Admit what fits and choose the tokens of the next step."""
-        admitted = self._admit()
+        self._admit()
         active = self._active.values()
         return StepPlan(
-            admitted=tuple(admitted),
             decode=tuple(s for s in active if s.status is Status.RUNNING),
             prefill=tuple(self._share_budget([s for s in active if s.status is Status.PREFILLING])),
         )
@@ -166,16 +167,13 @@ class Scheduler:
         assert self._num_waiting == sum(map(len, self._waiting.values())), "the waiting sequences are miscounted"
         assert len(self._open) == self._num_waiting + len(self._active), "a sequence was lost or kept too long"
 
-    def _admit(self) -> list[Sequence]:
-        admitted: list[Sequence] = []
+    def _admit(self) -> None:
         while self._waiting and self.kv_slots.can_allocate:
             sequence = self._next_waiting()
             sequence.kv_slot = self.kv_slots.allocate()
             sequence.status = Status.PREFILLING
             sequence.first_scheduled_s = time.monotonic()
             self._active[sequence.request.id] = sequence
-            admitted.append(sequence)
-        return admitted
 
     def _next_waiting(self) -> Sequence:
         """The oldest sequence of the task whose turn it is; that task's next turn comes last."""

@@ -8,13 +8,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
 from server.engine.config import StepStats
 from server.engine.engine import Engine
-from server.engine.request import EngineRequest, FinishOutput, Output
+from server.engine.request import EngineRequest, FinishOutput, FinishReason, Output, Sequence
 from server.errors import Conflict, MHRError, Unavailable
 
 logger = logging.getLogger(__name__)
@@ -27,10 +26,11 @@ class TokenStream:
     loop it was made in.
     """
 
-    def __init__(self, request_id: str, service: EngineService) -> None:
-        self.request_id = request_id
+    def __init__(self, request: EngineRequest, service: EngineService) -> None:
+        self.request = request
+        self.arrival_s = time.monotonic()
+        self.loop = asyncio.get_running_loop()
         self._service = service
-        self._loop = asyncio.get_running_loop()
         self._outputs: asyncio.Queue[Output] = asyncio.Queue()
         self._ended = False
 
@@ -48,7 +48,7 @@ class TokenStream:
         """Abort the request unless its last output was read."""
         if not self._ended:
             self._ended = True
-            self._service.abort(self.request_id)
+            self._service.abort(self.request.id)
 
     async def __aenter__(self) -> Self:
         return self
@@ -58,35 +58,24 @@ class TokenStream:
     ) -> None:
         await self.aclose()
 
-    @property
-    def loop(self) -> asyncio.AbstractEventLoop:
-        """The event loop of its reader."""
-        return self._loop
-
     def put(self, output: Output) -> None:
         """Hand the reader one output; called in the reader's event loop."""
         self._outputs.put_nowait(output)
 
 
-@dataclass(frozen=True)
-class _Arrival:
-    request: EngineRequest
-    arrival_s: float
-
-
 class EngineService:
     """Owns the engine: after `start` only its thread touches the engine.
 
-    `on_step` is called in that thread after every step; it must be quick and must not raise.
+    `on_step` is called in that thread after every step, so it must be quick.
     """
 
     def __init__(self, engine: Engine, on_step: Callable[[StepStats], None] | None = None) -> None:
         self._engine = engine
         self._on_step = on_step
         self._changed = threading.Condition()  # guards everything below
-        self._arrivals: deque[_Arrival] = deque()
+        self._arrivals: deque[TokenStream] = deque()
         self._aborts: deque[str] = deque()
-        self._streams: dict[str, TokenStream] = {}
+        self._streams: dict[str, TokenStream] = {}  # of the open requests, by id
         self._draining = False
         self._stopping = False
         self._thread: threading.Thread | None = None
@@ -101,19 +90,19 @@ class EngineService:
         """Queue a request and return its stream; call it in the event loop that will read the stream.
 
         Raises TooLarge when the prompt does not fit the context, InvalidInput for a token id outside the
-        vocabulary, Unavailable when the queue is full or the service drains or stopped, Conflict when a request
-        of the same id is open.
+        vocabulary, Unavailable when the queue is full or the service does not run, Conflict when a request of the
+        same id is open.
         """
         self._engine.check(request)
+        stream = TokenStream(request, self)
         with self._changed:
-            if self._draining or self._stopping or self._thread is None:
-                raise Unavailable("the server is shutting down or not started yet; try again later", code="draining")
+            if not self.accepting:
+                raise Unavailable("the server is starting or shutting down; try again later", code="draining")
             if request.id in self._streams:
                 raise Conflict(f"a request with the id {request.id!r} is open; use another id", param="id")
             self._engine.scheduler.check_room(len(self._arrivals))
-            stream = TokenStream(request.id, self)
             self._streams[request.id] = stream
-            self._arrivals.append(_Arrival(request, time.monotonic()))
+            self._arrivals.append(stream)
             self._changed.notify_all()
         return stream
 
@@ -123,6 +112,11 @@ class EngineService:
             if request_id in self._streams:
                 self._aborts.append(request_id)
                 self._changed.notify_all()
+
+    @property
+    def accepting(self) -> bool:
+        """Whether new requests are taken: started, and neither draining nor stopped nor broken."""
+        return self._thread is not None and not self._draining and not self._stopping
 
     @property
     def draining(self) -> bool:
@@ -161,19 +155,37 @@ class EngineService:
             return self._changed.wait_for(lambda: not self._streams, timeout_s)
 
     def _run(self) -> None:
-        self._engine.prepare_thread()
-        while self._wait_for_work():
-            try:
-                self._take_commands()
-                outputs, stats = self._engine.step()
-            except Exception as error:
-                logger.exception("the engine's step failed; all its requests end with an error")
-                self._deliver(self._engine.fail_all(MHRError(f"the engine failed: {error}; try again")))
-                continue
-            self._deliver(outputs)
-            if self._on_step is not None and stats is not None:
-                self._on_step(stats)
-        self._end_all()
+        error: MHRError | None = None
+        try:
+            self._engine.prepare_thread()
+            while self._wait_for_work():
+                self._step()
+            self._take_commands()
+            self._deliver(self._engine.abort_all())
+        except Exception as cause:
+            logger.critical("the engine is broken and takes no more requests; restart the server", exc_info=True)
+            error = MHRError(f"the engine is broken: {cause}; restart the server")
+        self._end_open_streams(error)
+
+    def _step(self) -> None:
+        try:
+            self._take_commands()
+            outputs, stats = self._engine.step()
+        except Exception as error:
+            logger.exception("the engine's step failed; all its requests end with an error")
+            self._deliver(self._engine.fail_all(MHRError(f"the engine failed: {error}; try again")))
+            return
+        self._deliver(outputs)
+        if stats is not None:
+            self._report(stats)
+
+    def _report(self, stats: StepStats) -> None:
+        if self._on_step is None:
+            return
+        try:
+            self._on_step(stats)
+        except Exception:
+            logger.exception("the report of an engine step failed; the engine goes on")
 
     def _wait_for_work(self) -> bool:
         """Block until there is something to do; False when the service stops."""
@@ -185,14 +197,19 @@ class EngineService:
         with self._changed:
             arrivals, self._arrivals = self._arrivals, deque()
             aborts, self._aborts = self._aborts, deque()
-        for arrival in arrivals:
-            self._engine.add(arrival.request, arrival.arrival_s)
+        for stream in arrivals:
+            self._engine.add(stream.request, stream.arrival_s)
         for request_id in aborts:
             self._engine.abort(request_id)
 
-    def _end_all(self) -> None:
-        self._take_commands()
-        self._deliver(self._engine.abort_all())
+    def _end_open_streams(self, error: MHRError | None) -> None:
+        """The last event of requests that the engine can no longer end itself."""
+        with self._changed:
+            self._stopping = True
+            streams = list(self._streams.values())
+        now_s = time.monotonic()
+        reason: FinishReason = "abort" if error is None else "error"
+        self._deliver([Sequence(s.request, s.arrival_s).finish(reason, now_s, error) for s in streams])
 
     def _deliver(self, outputs: Iterable[Output]) -> None:
         """Hand outputs to their streams, with one wake-up per event loop."""
@@ -200,8 +217,7 @@ class EngineService:
         with self._changed:
             for output in outputs:
                 finished = isinstance(output, FinishOutput)
-                streams = self._streams
-                stream = streams.pop(output.request_id) if finished else streams[output.request_id]
+                stream = self._streams.pop(output.request_id) if finished else self._streams[output.request_id]
                 by_loop.setdefault(stream.loop, []).append((stream, output))
             self._changed.notify_all()
         for loop, pairs in by_loop.items():
@@ -209,7 +225,7 @@ class EngineService:
                 loop.call_soon_threadsafe(_put_all, pairs)
             except RuntimeError:  # the reader's event loop is closed: nobody reads these requests any more
                 for stream, _ in pairs:
-                    self.abort(stream.request_id)
+                    self.abort(stream.request.id)
 
 
 def _put_all(pairs: Iterable[tuple[TokenStream, Output]]) -> None:

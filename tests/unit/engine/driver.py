@@ -68,6 +68,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     ),
     "phi": lambda: PhiForCausalLM(PhiConfig(**SHAPE)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2)),
+    "gpt2_scaled_by_layer": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, scale_attn_by_inverse_layer_idx=True)),
 }
 
 

@@ -257,6 +257,16 @@ def test_a_failing_step_ends_its_requests_and_the_engine_goes_on(
     assert driver.tokens(second) == reference_tokens(driver.plain, random_prompt(0, 5), 8)
 
 
+def test_what_a_failed_step_may_have_written_is_wiped(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> None:
+    driver.add(random_prompt(0, 5))
+    driver.step()
+    layers = driver.runner._attention._layers.values()
+    assert all(layer.keys.any() for layer in layers)
+    monkeypatch.setattr(driver.runner, "run", _raise)
+    driver.step()
+    assert not any(layer.keys.any() or layer.values.any() for layer in layers)
+
+
 def test_a_busy_task_does_not_starve_another() -> None:
     driver = Driver(make_model(), EngineConfig(max_batch=2, max_context=CONTEXT))
     busy = [driver.add(random_prompt(n, 5), task="busy", ignore_eos=True) for n in range(20)]

@@ -20,7 +20,8 @@ def make(task: str, number: int, prompt: int = 5, score: int = 0) -> Sequence:
 
 
 def ids(plan: StepPlan) -> list[str]:
-    return [s.request.id for s in plan.admitted]
+    """The sequences that begin, in the order of their admission."""
+    return [c.sequence.request.id for c in plan.prefill if c.begins_prefill]
 
 
 def advance(scheduler: Scheduler, plan: StepPlan) -> None:
@@ -58,12 +59,12 @@ def test_a_freed_slot_goes_to_the_task_whose_turn_it_is() -> None:
     scheduler = Scheduler(EngineConfig(max_batch=1, max_context=64))
     for number in range(3):
         scheduler.add(make("busy", number))
-    first = scheduler.schedule().admitted[0]
+    first = scheduler.schedule().prefill[0].sequence
     scheduler.add(make("other", 0))
     admitted = []
     for _ in range(3):
         scheduler.remove(first)
-        first = scheduler.schedule().admitted[0]
+        first = scheduler.schedule().prefill[0].sequence
         admitted.append(first.request.id)
     assert admitted == ["busy-1", "other-0", "busy-2"]
 

@@ -187,6 +187,37 @@ async def test_a_failing_step_ends_its_requests_and_the_service_lives_on(
     assert (await collect(front.submit("t", random_prompt(0, 4))))[1].reason in ("stop", "length")
 
 
+async def test_a_report_that_fails_does_not_stop_the_engine() -> None:
+    def report(_: StepStats) -> None:
+        raise RuntimeError("no metrics today")
+
+    driver = Driver(make_model())
+    service = EngineService(driver.engine, on_step=report)
+    service.start()
+    for number in range(2):
+        tokens, _ = await collect(service.submit(EngineRequest(f"r{number}", "t", random_prompt(0, 4))))
+        assert tokens
+    service.stop()
+
+
+async def test_a_broken_engine_ends_every_open_request_and_takes_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("device lost")
+
+    front = Front(EngineConfig(max_batch=2, max_context=CONTEXT))
+    monkeypatch.setattr(front.driver.runner, "run", fail)
+    monkeypatch.setattr(front.driver.runner, "release", fail)
+    streams = [front.submit(f"r{n}", random_prompt(n, 4)) for n in range(3)]
+    for stream in streams:
+        _, finish = await collect(stream)
+        assert finish.reason == "error"
+        assert "device lost" in str(finish.error)
+    assert not front.service.accepting
+    with pytest.raises(Unavailable):
+        front.submit("late", random_prompt(0, 4))
+    front.service.stop()
+
+
 async def test_a_reader_whose_event_loop_is_gone_does_not_hold_up_others(front: Front) -> None:
     def read_elsewhere() -> None:
         async def begin() -> None:
@@ -199,6 +230,7 @@ async def test_a_reader_whose_event_loop_is_gone_does_not_hold_up_others(front: 
     thread.join()
     assert (await collect(front.submit("r", random_prompt(1, 4))))[1].reason in ("stop", "length")
     assert await front.service.drain(timeout_s=10)
+    assert sum(stats.generated_tokens for stats in front.steps) < 40, "nobody reads the lost request; it went on"
 
 
 async def test_a_service_that_was_not_started_refuses() -> None:
