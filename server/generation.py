@@ -14,7 +14,7 @@ from server.answer_text import AnswerText
 from server.backbone import Backbone
 from server.engine.request import EngineRequest, FinishOutput, SamplingParams, TokenOutput
 from server.engine.service import EngineService
-from server.errors import DeadlineExceeded, MHRError, TooLarge, Unavailable
+from server.errors import DeadlineExceeded, InvalidInput, MHRError, TooLarge, Unavailable
 from server.metrics import Metrics
 from server.options import GenerationOptions, merge_options
 from server.tasks import ResolvedTask, TaskCatalog
@@ -207,6 +207,10 @@ class GenerationService:
         for number, text in enumerate(inputs):
             prompt = text if run.raw_prompt else render_prompt(run.task.prompt_format, run.task.instruction, text)
             token_ids = tuple(encode_prompt(self._tokenizer, prompt))
+            if not token_ids:
+                raise InvalidInput(
+                    f"inputs[{number}] has no tokens; send text that the model can read", param=f"inputs[{number}]"
+                )
             self._check_fits(len(token_ids), number)
             prompts.append(token_ids)
         return prompts

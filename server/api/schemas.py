@@ -106,7 +106,7 @@ class Parameters(GenerationDefaults):
     logprobs: int | None = Field(
         default=None, ge=0, le=20, description="Log-probabilities of the chosen tokens and of this many alternatives"
     )
-    choices: Texts | None = Field(
+    choices: Answers | None = Field(
         default=None, description="Rank these answers by length-normalised log-likelihood instead of generating"
     )
 

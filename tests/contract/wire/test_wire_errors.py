@@ -62,6 +62,7 @@ TABLE: list[tuple[str, str, Any, int, str, str | None]] = [
     ("POST", "/generate", generation(parameters={"n": True}), 422, "invalid_request", "parameters.n"),
     ("POST", "/generate", generation(parameters={"stop": ""}), 422, "invalid_request", "parameters.stop"),
     ("POST", "/generate", generation(parameters={"choices": []}), 422, "invalid_request", "parameters.choices"),
+    ("POST", "/generate", generation(parameters={"choices": ["a", " "]}), 422, "invalid_request", "parameters.choices"),
     ("POST", "/generate", generation(parameters={"choices": ["a"], "n": 2}), 422, "invalid_request", "parameters"),
     ("POST", "/generate", generation(parameters={"choices": ["a"]}, stream=True), 422, "invalid_request", None),
     (
