@@ -23,7 +23,7 @@ from server.adapters.injection import inject, linear_sizes
 from server.backbone import Backbone, load_backbone
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
-from server.engine.request import EngineRequest, SamplingParams
+from server.engine.request import EngineRequest, FinishOutput, SamplingParams
 from server.engine.runner import Runner
 from server.engine.service import EngineService
 from server.errors import MHRError, Unavailable
@@ -73,8 +73,8 @@ class Runtime:
         self.store = store
         self.api_keys = api_keys
         self.metrics = Metrics(settings.metrics_tasks)
-        self.phase = Phase.WARMING
-        self.reason: str | None = "starting"
+        self._phase = Phase.WARMING
+        self._reason: str | None = "starting"
         self.failure: Exception | None = None
         self.supervisor: Supervisor | None = None
         self._lock = lock
@@ -101,26 +101,26 @@ class Runtime:
             self._services = self._load()
             self._answer_once(self._services)
         except Exception as error:
-            self.phase, self.reason, self.failure = Phase.FAILED, str(error), error
+            self._phase, self._reason, self.failure = Phase.FAILED, str(error), error
             raise
-        if self.phase is not Phase.WARMING:  # asked to stop meanwhile
+        if self._phase is not Phase.WARMING:  # asked to stop meanwhile
             return
         if self.settings.worker:
             self.supervisor = Supervisor(worker_command(), self.settings.environ(os.environ))
             self.supervisor.start()
-        self.phase, self.reason = Phase.READY, None
+        self._phase, self._reason = Phase.READY, None
         log.info("ready", action="server.ready", data_dir=str(self.settings.data_dir))
 
     def _load(self) -> Services:
         settings = self.settings
-        self.reason = f"loading the backbone {settings.backbone}"
+        self._reason = f"loading the backbone {settings.backbone}"
         dtype = getattr(torch, settings.dtype)
         backbone = load_backbone(settings.backbone, settings.data_dir, settings.device, dtype)
         self.metrics.build_info(
             version=__version__, backbone=backbone.name, device=settings.device, dtype=settings.dtype
         )
         sizes = linear_sizes(backbone.model)
-        self.reason = "importing the bundled inventory"
+        self._reason = "importing the bundled inventory"
         import_bundled(self.store, backbone, sizes)
         cache = AdapterCache(settings.adapter_cache_mb * _MIB)
         self.metrics.watch_adapter_cache(cache.stats)
@@ -136,7 +136,7 @@ class Runtime:
             catalog.pick_inventory(settings.inventory)
         elif catalog.served_inventory() is None:
             log.warning("no inventory fits the backbone; only `base` is served", action="inventory.none")
-        self.reason = "starting the engine"
+        self._reason = "starting the engine"
         max_context = min(settings.max_context, backbone.context_length)
         config = EngineConfig(
             max_batch=settings.max_batch,
@@ -163,18 +163,34 @@ class Runtime:
 
     def _answer_once(self, services: Services) -> None:
         """Run one tiny request, so that the first real one finds everything allocated."""
-        self.reason = "warming up"
+        self._reason = "warming up"
         services.engine.start()
 
         async def run() -> None:
             request = EngineRequest("warm-up", "base", (1, 1), SamplingParams(max_new_tokens=2, ignore_eos=True))
             async with services.engine.submit(request) as events:
-                async for _ in events:
-                    pass
+                async for event in events:
+                    if isinstance(event, FinishOutput) and event.error is not None:
+                        raise event.error
 
         asyncio.run(run())
 
     # --- serving ------------------------------------------------------------------------------------------------
+
+    @property
+    def phase(self) -> Phase:
+        """Where the server stands; a broken engine makes a ready server a failed one."""
+        return Phase.FAILED if self._engine_is_broken else self._phase
+
+    @property
+    def reason(self) -> str | None:
+        """Why the server is not ready; None when it is."""
+        return "the engine is broken; restart the server" if self._engine_is_broken else self._reason
+
+    @property
+    def _engine_is_broken(self) -> bool:
+        services = self._services
+        return self._phase is Phase.READY and services is not None and not services.engine.accepting
 
     def services(self) -> Services:
         """The parts of the warm server. Raises Unavailable while it is not warm."""
@@ -204,7 +220,7 @@ class Runtime:
 
     async def drain(self) -> None:
         """Refuse new work and wait for the work in flight, `drain_timeout_s` at most."""
-        self.phase, self.reason = Phase.DRAINING, "the server is stopping"
+        self._phase, self._reason = Phase.DRAINING, "the server is stopping"
         log.info("draining", action="server.drain")
         if self._services is not None and not await self._services.engine.drain(self.settings.drain_timeout_s):
             log.warning("some requests were not finished in time", action="server.drain")

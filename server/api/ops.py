@@ -16,9 +16,16 @@ from server.runtime import Phase
 router = APIRouter(tags=["server"])
 
 
-@router.get("/healthz", response_model=views.Health)
-async def healthz() -> views.Health:
-    """200 while the process answers at all."""
+@router.get(
+    "/healthz",
+    response_model=views.Health,
+    responses={503: {"model": views.Health, "description": "Only a restart helps; `reason` says why"}},
+)
+async def healthz(runtime: RuntimeDep, response: Response) -> views.Health:
+    """200 while the process is worth keeping, be it ready or not."""
+    if runtime.phase is Phase.FAILED:
+        response.status_code = 503
+        return views.Health(status=runtime.phase.value, reason=runtime.reason)
     return views.Health(status="ok")
 
 

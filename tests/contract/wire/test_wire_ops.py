@@ -149,3 +149,25 @@ def test_metrics_count_by_route_task_and_outcome(make_server: MakeServer, connec
     ):
         assert line in text.splitlines(), line
     assert 'mhr_steps_total{path="slots"}' in text
+
+
+def test_a_broken_engine_asks_for_a_restart(
+    make_server: MakeServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = make_server(tasks=True)
+    client = connect(live)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("device lost")
+
+    for part in ("step", "fail_all"):
+        monkeypatch.setattr(live.runtime.services().engine._engine, part, fail)
+    body = {"task_id": "base", "inputs": "x"}
+    assert client.post("/generate", json=body).status_code == 500
+    for path in ("/healthz", "/readyz"):
+        answer = client.get(path)
+        assert (answer.status_code, answer.json()["status"]) == (503, "failed")
+        assert "restart" in answer.json()["reason"]
+    assert client.post("/generate", json=body).status_code == 503
+    assert client.get("/tasks").status_code == 200
+    assert client.get("/metrics").status_code == 200
