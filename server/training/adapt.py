@@ -75,7 +75,7 @@ class Hyperparameters(BaseModel):
 
     steps: int = Field(default=60, ge=1, le=10_000, description="most steps; early stopping may end sooner")
     batch_size: int = Field(default=8, ge=1, le=256, description="examples a step")
-    adapter_lr: float = Field(default=1e-3, gt=0, le=1, description="peak learning rate of skills and adapters")
+    adapter_lr: float = Field(default=3e-3, gt=0, le=1, description="peak learning rate of skills and adapters")
     routing_lr: float = Field(default=0.1, gt=0, le=10, description="peak learning rate of routing logits")
     warmup: float = Field(default=0.06, ge=0, le=1, description="fraction of the steps that the learning rate rises")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
