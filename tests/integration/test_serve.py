@@ -61,8 +61,6 @@ def wait_until_gone(pid: int) -> None:
 def test_a_task_is_learned_promoted_served_and_survives_a_restart(serve: Serve, data_dir: Path) -> None:
     server = serve()
     client = server.wait_ready()
-    assert client.get("/info").json()["backbone"]["name"] == "SmolLM2-135M-Instruct"
-    assert tokens(client, "brought-along") != tokens(client, "base")
     job_id = adapt(client, "sums", instruction="Add the numbers.", promote="never", hyperparameters={"steps": 4})
     job = wait_for_job(client, job_id)
     assert (job["status"], job["version"]) == ("succeeded", 1), job
