@@ -18,7 +18,7 @@ from common import conditions, peft_poly, print_json, print_table, random_invent
 
 from server.adapters.injection import inject
 from server.adapters.inventory import Inventory
-from server.backbone import BUNDLED_BACKBONE, load_backbone
+from server.backbone import BUNDLED_BACKBONE, load_backbone, training_dtype
 from server.training.batches import Batch, EncodedExample, collate
 from server.training.learners import RoutedLearner
 from server.training.trainer import Trainer, TrainerConfig
@@ -29,8 +29,9 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     about = conditions()
-    ours = load_backbone(options.backbone, options.cache_dir)
-    theirs = load_backbone(options.backbone, options.cache_dir)
+    dtype = training_dtype() if options.dtype is None else getattr(torch, options.dtype)
+    ours = load_backbone(options.backbone, options.cache_dir, dtype=dtype)
+    theirs = load_backbone(options.backbone, options.cache_dir, dtype=dtype)
     inventory = random_inventory(
         ours, tasks=options.tasks, skills=options.skills, heads=options.heads, rank=options.rank, alpha=1.0
     )
@@ -45,7 +46,7 @@ def main() -> None:
     print_table(
         f"{options.batch_size} sequences of {options.tasks} tasks padded to {min_width(batches)} to "
         f"{max_width(batches)} tokens, r = {options.rank}, K = {options.skills}, h = {options.heads}, "
-        f"{about['threads']} threads",
+        f"{dtype}, {about['threads']} threads",
         ("contender", "s a step", "spread", "padded tok/s"),
         [(name, timing.median, timing.spread, tokens / timing.median) for name, timing in timings.items()],
     )
@@ -56,6 +57,7 @@ def main() -> None:
             "benchmark": "training_step",
             "conditions": about,
             "options": setting,
+            "dtype": str(dtype),
             "results": {n: {"step_s": t.median, "spread": t.spread} for n, t in timings.items()},
             "speed_over_peft_poly": ratio,
         }
@@ -66,6 +68,9 @@ def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--backbone", default=BUNDLED_BACKBONE, help="bundled name, directory or Hugging Face id")
     parser.add_argument("--cache-dir", type=Path, default=Path(gettempdir()) / "mhr-benchmarks")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), help="of both models; by default what `mhr pretrain` takes here"
+    )
     parser.add_argument("--tasks", type=int, default=40, help="training tasks, drawn at random for every sequence")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--batches", type=int, default=3, help="different batches, taken in turns")
