@@ -150,7 +150,7 @@ def test_a_cancelled_job_ends_cancelled(store: Store, backbone: Backbone, catalo
 
     def cancel() -> None:
         while not any(event.type == "step" for event in store.list_events(job.id)):
-            pass
+            time.sleep(0.01)
         store.request_cancel(job.id)
 
     canceller = threading.Thread(target=cancel)
@@ -168,7 +168,7 @@ def test_a_stopping_worker_gives_the_job_back_and_the_next_goes_on(
 
     def stop() -> None:
         while sum(event.type == "step" for event in store.list_events(job.id)) < 7:
-            pass
+            time.sleep(0.01)
         stopping.set()
 
     stopper = threading.Thread(target=stop)
