@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
@@ -11,6 +12,7 @@ from fastapi import FastAPI
 from server import __version__
 from server.api import adapt, docs, errors, generate, inventories, jobs, ops, tasks
 from server.api.middleware import BodyLimit, RequestContext
+from server.engine.threads import compute_alone
 from server.logs import get_logger
 from server.runtime import Runtime
 
@@ -26,6 +28,9 @@ def create_app(runtime: Runtime, on_failure: Callable[[], None] = lambda: None) 
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        # What computes beside the engine, such as assembly, runs here; see server/engine/threads.py.
+        executor = ThreadPoolExecutor(thread_name_prefix="work", initializer=compute_alone)
+        asyncio.get_running_loop().set_default_executor(executor)
         warming = asyncio.create_task(_warm(runtime, on_failure))
         yield
         await warming

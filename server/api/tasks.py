@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Annotated
 
 from fastapi import APIRouter, Depends, Path, Query, Request, Response
@@ -103,10 +104,10 @@ def promote_task(task_id: WritableId, body: schemas.Promotion, runtime: RuntimeD
         **ERRORS,
     },
 )
-def export_task(task_id: str, query: Annotated[schemas.ExportQuery, Query()], services: ServicesDep) -> Response:
+async def export_task(task_id: str, query: Annotated[schemas.ExportQuery, Query()], services: ServicesDep) -> Response:
     """A task (or `mu`) as a PEFT LoRA checkpoint, a tar archive of a directory named after it."""
     reference = task_id if query.version is None else f"{task_id}@{query.version}"
-    archive = services.exporter.export(reference)
+    archive = await asyncio.to_thread(services.exporter.export, reference)
     headers = {"Content-Disposition": f'attachment; filename="{archive.name}.tar"'}
     return Response(archive.content, media_type="application/x-tar", headers=headers)
 

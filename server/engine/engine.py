@@ -7,14 +7,13 @@ import math
 import time
 from collections.abc import Iterable
 
-import torch
-
 from server.engine.batch import Batch
 from server.engine.config import EngineConfig, StepStats
 from server.engine.request import EngineRequest, FinishReason, Output, Sequence, TokenOutput
 from server.engine.runner import Runner
 from server.engine.sampler import Choice, Sampler, score
 from server.engine.scheduler import PrefillChunk, Scheduler, StepPlan
+from server.engine.threads import compute_in_team
 from server.errors import AdapterUnavailable, Conflict, InvalidInput, MHRError, TooLarge
 
 logger = logging.getLogger(__name__)
@@ -38,8 +37,7 @@ class Engine:
 
     def prepare_thread(self) -> None:
         """Apply the settings that belong to the thread that steps."""
-        if self.config.threads is not None:
-            torch.set_num_threads(self.config.threads)
+        compute_in_team(self.config.threads)
 
     def check(self, request: EngineRequest) -> None:
         """Raise TooLarge or InvalidInput when the request cannot be served; safe in any thread."""
