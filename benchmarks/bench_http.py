@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import gettempdir
 from typing import Any
@@ -40,6 +40,7 @@ def main() -> None:
             results = asyncio.run(measure(url, options))
     header = (
         "users",
+        "prompt tokens",
         "requests/s",
         "tokens/s",
         "spread",
@@ -66,8 +67,8 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--users", type=int, nargs="+", default=[1, 16, 32], help="levels of concurrency")
     parser.add_argument("--prompt-words", type=int, default=30)
     parser.add_argument("--new-tokens", type=int, default=32)
-    parser.add_argument("--warmup-s", type=float, default=10.0)
-    parser.add_argument("--window-s", type=float, default=20.0)
+    parser.add_argument("--warmup-s", type=float, default=20.0)
+    parser.add_argument("--window-s", type=float, default=30.0)
     parser.add_argument("--repeats", type=int, default=3, help="windows at every level")
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -110,15 +111,15 @@ def wait_until_ready(url: str, server: subprocess.Popen[bytes]) -> None:
     raise SystemExit(f"the server was not ready within {READY_TIMEOUT_S:.0f} s")
 
 
-@dataclass
-class Window:
-    """What was answered within one stretch of time."""
+@dataclass(frozen=True)
+class Answered:
+    """One answer, or one refusal (tokens = 0)."""
 
-    seconds: float = 0.0
-    tokens: int = 0
-    errors: int = 0
-    latencies_s: list[float] = field(default_factory=list)
-    ttfts_ms: list[float] = field(default_factory=list)
+    at_s: float  # since the users began
+    tokens: int
+    prompt_tokens: int = 0
+    latency_s: float = 0.0
+    ttft_ms: float = 0.0
 
 
 async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -126,12 +127,9 @@ async def measure(url: str, options: argparse.Namespace) -> dict[str, Any]:
         tasks = await list_tasks(client)
         levels = []
         for users in options.users:
-            await run_window(client, tasks, users, options.warmup_s, options, seed=-1)
-            windows = [
-                await run_window(client, tasks, users, options.window_s, options, seed=options.seed + number)
-                for number in range(options.repeats)
-            ]
-            levels.append(summary(users, windows))
+            answers = await run_users(client, tasks, users, options)
+            levels.append(summary(users, answers, options))
+            print(f"{users} users: {levels[-1]['tokens_per_s']:.1f} tokens/s", file=sys.stderr)
     return {"tasks": len(tasks), "levels": levels}
 
 
@@ -146,59 +144,64 @@ async def list_tasks(client: httpx.AsyncClient) -> list[str]:
         cursor = {"cursor": page["next_cursor"]}
 
 
-async def run_window(
-    client: httpx.AsyncClient, tasks: list[str], users: int, seconds: float, options: argparse.Namespace, *, seed: int
-) -> Window:
-    """All users at work for about `seconds`; requests under way at the end are waited for and counted."""
-    window = Window()
+async def run_users(
+    client: httpx.AsyncClient, tasks: list[str], users: int, options: argparse.Namespace
+) -> list[Answered]:
+    """All users at work from the warm-up to the last window's end, without a pause between windows."""
+    answers: list[Answered] = []
     start_s = time.perf_counter()
+    end_s = options.warmup_s + options.repeats * options.window_s
 
     async def user(number: int) -> None:
-        draw = random.Random(seed * 1000 + number)
-        while time.perf_counter() - start_s < seconds:
-            await ask(
-                client, draw.choice(tasks), " ".join(draw.choices(WORDS, k=options.prompt_words)), options, window
-            )
+        draw = random.Random(options.seed * 1000 + number)
+        while time.perf_counter() - start_s < end_s:
+            text = " ".join(draw.choices(WORDS, k=options.prompt_words))
+            answers.append(await ask(client, draw.choice(tasks), text, options.new_tokens, start_s))
 
     await asyncio.gather(*(user(number) for number in range(users)))
-    window.seconds = time.perf_counter() - start_s
-    print(f"{users} users: {len(window.latencies_s)} answers in {window.seconds:.1f} s", file=sys.stderr)
-    return window
+    return answers
 
 
-async def ask(client: httpx.AsyncClient, task: str, text: str, options: argparse.Namespace, window: Window) -> None:
-    parameters = {"max_new_tokens": options.new_tokens, "ignore_eos": True}
+async def ask(client: httpx.AsyncClient, task: str, text: str, new_tokens: int, start_s: float) -> Answered:
+    parameters = {"max_new_tokens": new_tokens, "ignore_eos": True}
     sent_s = time.perf_counter()
     try:
         answer = await client.post("/generate", json={"task_id": task, "inputs": text, "parameters": parameters})
         answer.raise_for_status()
     except httpx.HTTPError:
-        window.errors += 1
         await asyncio.sleep(0.1)  # a server that refuses at once must not be asked in a tight loop
-        return
-    window.latencies_s.append(time.perf_counter() - sent_s)
+        return Answered(time.perf_counter() - start_s, tokens=0)
+    now_s = time.perf_counter()
     body = answer.json()
-    window.tokens += body["usage"]["completion_tokens"]
-    window.ttfts_ms.append(body["timing"]["ttft_ms"])
+    usage, ttft_ms = body["usage"], body["timing"]["ttft_ms"]
+    return Answered(now_s - start_s, usage["completion_tokens"], usage["prompt_tokens"], now_s - sent_s, ttft_ms)
 
 
-def summary(users: int, windows: list[Window]) -> dict[str, Any]:
-    speeds = [window.tokens / window.seconds for window in windows]
-    latencies = [seconds for window in windows for seconds in window.latencies_s]
-    ttfts = [milliseconds for window in windows for milliseconds in window.ttfts_ms]
-    if not latencies:
-        raise SystemExit(f"with {users} users no request was answered")
+def summary(users: int, answers: list[Answered], options: argparse.Namespace) -> dict[str, Any]:
+    """Figures of the windows; what came before or after them does not count."""
+    end_s = options.warmup_s + options.repeats * options.window_s
+    counted = [a for a in answers if options.warmup_s <= a.at_s < end_s]
+    good = [a for a in counted if a.tokens]
+    if not good:
+        raise SystemExit(f"with {users} users no request was answered within the windows")
+    tokens, requests = [0] * options.repeats, [0] * options.repeats
+    for answer in good:
+        window = int((answer.at_s - options.warmup_s) / options.window_s)
+        tokens[window] += answer.tokens
+        requests[window] += 1
+    speed = statistics.median(tokens) / options.window_s
     return {
         "users": users,
-        "requests_per_s": statistics.median(len(window.latencies_s) / window.seconds for window in windows),
-        "tokens_per_s": statistics.median(speeds),
-        "spread": (max(speeds) - min(speeds)) / statistics.median(speeds),
-        "latency_p50_s": percentile(latencies, 50),
-        "latency_p95_s": percentile(latencies, 95),
-        "latency_p99_s": percentile(latencies, 99),
-        "ttft_p50_ms": percentile(ttfts, 50),
-        "ttft_p95_ms": percentile(ttfts, 95),
-        "errors": sum(window.errors for window in windows),
+        "prompt_tokens_mean": statistics.mean(a.prompt_tokens for a in good),
+        "requests_per_s": statistics.median(requests) / options.window_s,
+        "tokens_per_s": speed,
+        "spread": (max(tokens) - min(tokens)) / options.window_s / speed if speed else 0.0,
+        "latency_p50_s": percentile([a.latency_s for a in good], 50),
+        "latency_p95_s": percentile([a.latency_s for a in good], 95),
+        "latency_p99_s": percentile([a.latency_s for a in good], 99),
+        "ttft_p50_ms": percentile([a.ttft_ms for a in good], 50),
+        "ttft_p95_ms": percentile([a.ttft_ms for a in good], 95),
+        "errors": len(counted) - len(good),
     }
 
 
