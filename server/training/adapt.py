@@ -17,7 +17,7 @@ from server.adapters.injection import inject, linear_sizes
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.errors import InvalidInput
-from server.training.batches import Batch, BatchSampler, EncodedExample, collate, encode_examples
+from server.training.batches import Batch, EncodedExample, collate, encode_examples
 from server.training.examples import Example, hold_out
 from server.training.learners import (
     FixedLearner,
@@ -28,6 +28,7 @@ from server.training.learners import (
     mean_learner,
     routing_learner,
 )
+from server.training.sampling import BatchSampler
 from server.training.trainer import Trainer, TrainerConfig
 
 _VALIDATION_BATCH = 16

@@ -17,11 +17,12 @@ from server.adapters.inventory import Inventory, InventoryTask, check_heads
 from server.adapters.routing import fresh_routing
 from server.backbone import Backbone
 from server.errors import InvalidInput
-from server.training.batches import Batch, BatchSampler, EncodedExample, collate, encode_examples
+from server.training.batches import Batch, EncodedExample, collate, encode_examples
 from server.training.card import write_card
 from server.training.examples import TaskExamples, hold_out, read_tasks
 from server.training.learners import RoutedLearner, fresh_skills
 from server.training.prompts import DEFAULT_PROMPT_FORMAT
+from server.training.sampling import BatchSampler
 from server.training.trainer import Trainer, TrainerConfig
 
 CHECKPOINT = "checkpoint.safetensors"

@@ -80,7 +80,7 @@ class Trainer:
         """Mean loss over batches, each sequence counting alike; of another learner where one is given."""
         total, sequences = 0.0, 0
         for batch in batches:
-            size = batch.tokens.shape[0]
+            size = batch.num_sequences
             total += self.loss(batch, learner=learner).item() * size
             sequences += size
         return total / sequences

@@ -9,9 +9,10 @@ from server.adapters.injection import inject
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.errors import InvalidInput
-from server.training.batches import Batch, BatchSampler, encode_examples
+from server.training.batches import Batch, encode_examples
 from server.training.examples import Example
 from server.training.learners import FixedLearner, Learner, RoutedLearner, routing_learner
+from server.training.sampling import BatchSampler
 from server.training.trainer import Trainer, TrainerConfig
 
 
