@@ -19,6 +19,9 @@ TORCH_FREE = ("server.errors", "server.engine.request", "server.engine.scheduler
 # Imported by name, and always there because the package that is meant by it depends on it.
 BROUGHT_ALONG = {"starlette": "fastapi"}
 
+# Imported where it is used, by one module that says which extra to install.
+OPTIONAL = {"matplotlib": "server.plotting"}
+
 
 def _module_name(path: Path, base: Path) -> str:
     parts = path.relative_to(base).with_suffix("").parts
@@ -150,7 +153,12 @@ def test_every_import_is_a_declared_dependency() -> None:
     tops = {name.split(".")[0] for module in modules for name in GRAPH[module]}
     foreign = tops - sys.stdlib_module_names - set(SOURCE_DIRS)
     undeclared = {top for top in foreign if not {_normal(name) for name in of_module.get(top, [top])} & declared}
-    assert undeclared <= BROUGHT_ALONG.keys()
+    assert undeclared <= BROUGHT_ALONG.keys() | OPTIONAL.keys()
+
+
+@pytest.mark.parametrize(("package", "module"), OPTIONAL.items())
+def test_only_one_module_imports_an_optional_package(package: str, module: str) -> None:
+    assert {user for user, names in GRAPH.items() if any(_belongs(name, package) for name in names)} == {module}
 
 
 def test_only_metrics_imports_prometheus_client() -> None:
