@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from server import __version__, cli_http, cli_store, cli_train
+from server import __version__, cli_evaluate, cli_http, cli_pretrain, cli_store
 from server.cli_output import fail, guarded
 
 app = typer.Typer(
@@ -20,7 +20,8 @@ app = typer.Typer(
 )
 cli_http.add_to(app)
 cli_store.add_to(app)
-cli_train.add_to(app)
+cli_pretrain.add_to(app)
+cli_evaluate.add_to(app)
 
 
 def main() -> None:

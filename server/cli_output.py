@@ -5,15 +5,23 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Annotated, Any, NoReturn, ParamSpec, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, ParamSpec, TypeVar
 
 import typer
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Machine output")]
+TaskFolder = Annotated[
+    Path, typer.Option("--data", exists=True, file_okay=False, help="Folder of *.json or *.jsonl tasks")
+]
 
 
 def fail(message: str) -> NoReturn:
@@ -75,3 +83,13 @@ def shorten(text: str, length: int = 60) -> str:
     """The text on one line, cut."""
     line = " ".join(text.split())
     return line if len(line) <= length else line[: length - 1] + "…"
+
+
+@contextmanager
+def progress_bar(title: str, total: int, *, quiet: bool) -> Iterator[tuple[Progress, TaskID]]:
+    """A progress bar on stderr and its one row; `quiet` shows nothing."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=quiet) as bar:
+        yield bar, bar.add_task(title, total=total)
