@@ -67,7 +67,8 @@ def encode_examples(
         item = EncodedExample(task=task, prompt=tuple(prompt), answers=answers)
         if item.length > context_length:
             raise InvalidInput(
-                f"{place}[{number}] is {item.length} tokens long with its answer; the context holds {context_length}",
+                f"{example.place or f'{place}[{number}]'} is {item.length} tokens long with its answer; "
+                f"the context holds {context_length}",
                 param=f"{place}[{number}]",
             )
         encoded.append(item)

@@ -34,9 +34,12 @@ def test_rows_point_to_the_distinct_tasks() -> None:
     assert batch.tasks.tolist() == [4, 7]
 
 
-def test_an_example_over_the_context_is_named(backbone: Backbone) -> None:
-    examples = [Example("short", ("yes",)), Example("x" * 300, ("yes",))]
-    with pytest.raises(InvalidInput, match=r"validation\[1\] is \d+ tokens .* context holds 256"):
+@pytest.mark.parametrize(
+    ("place", "named"), [("", r"validation\[1\]"), ("f.json, Instances[7]", r"f\.json, Instances\[7\]")]
+)
+def test_an_example_over_the_context_is_named(backbone: Backbone, place: str, named: str) -> None:
+    examples = [Example("short", ("yes",)), Example("x" * 300, ("yes",), place)]
+    with pytest.raises(InvalidInput, match=rf"{named} is \d+ tokens .* context holds 256"):
         encode_examples(
             backbone.tokenizer,
             examples,
