@@ -1,4 +1,4 @@
-"""ROUGE-L of an answer against its references."""
+"""How well an answer agrees with its references: ROUGE-L and exact match."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 _WORD = re.compile(r"[a-z0-9]+")
+_PUNCTUATION = re.compile(r"[^\w\s]")
 
 
 def rouge_l(answer: str, references: Iterable[str]) -> float:
@@ -16,6 +17,15 @@ def rouge_l(answer: str, references: Iterable[str]) -> float:
     """
     words = _WORD.findall(answer.lower())
     return max(_f_measure(words, _WORD.findall(reference.lower())) for reference in references)
+
+
+def exact_match(answer: str, references: Iterable[str]) -> bool:
+    """Whether the answer is one of the references, apart from case, punctuation and white space."""
+    return _plain(answer) in map(_plain, references)
+
+
+def _plain(text: str) -> str:
+    return " ".join(_PUNCTUATION.sub("", text.lower()).split())
 
 
 def _f_measure(answer: Sequence[str], reference: Sequence[str]) -> float:

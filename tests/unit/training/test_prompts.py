@@ -4,7 +4,13 @@ import pytest
 
 from server.backbone import Backbone
 from server.errors import InvalidInput
-from server.training.prompts import DEFAULT_PROMPT_FORMAT, encode_answer, encode_prompt, render_prompt
+from server.training.prompts import (
+    DEFAULT_PROMPT_FORMAT,
+    encode_answer,
+    encode_prompt,
+    find_prompt_format,
+    render_prompt,
+)
 
 
 def test_definition_input_output() -> None:
@@ -29,3 +35,19 @@ def test_prompt_and_answer_are_the_tokens_of_the_whole_text(backbone: Backbone) 
 
 def test_an_empty_answer_has_no_tokens(backbone: Backbone) -> None:
     assert encode_answer(backbone.tokenizer, "  ") == []
+
+
+def test_demonstrations_stand_between_the_instruction_and_the_input() -> None:
+    shown = [("Spain", " Madrid\n"), ("{odd}", "{}")]
+    assert render_prompt(DEFAULT_PROMPT_FORMAT, "Name the capital.", "France", shown) == (
+        "Definition: Name the capital.\n\nInput: Spain\n\nOutput: Madrid\n\nInput: {odd}\n\nOutput: {}\n\n"
+        "Input: France\n\nOutput:"
+    )
+
+
+def test_a_demonstration_is_a_prompt_with_its_answer_and_the_next_pair() -> None:
+    form = find_prompt_format(DEFAULT_PROMPT_FORMAT)
+    prompt = render_prompt(DEFAULT_PROMPT_FORMAT, "Name it.", "Spain")
+    assert render_prompt(DEFAULT_PROMPT_FORMAT, "Name it.", "France", [("Spain", "Madrid")]).startswith(
+        f"{prompt} Madrid{form.next_pair}"
+    )

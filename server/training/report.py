@@ -1,0 +1,139 @@
+"""What an evaluation found: tables of methods and tasks from its scores, with the spread over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from statistics import mean, median, stdev
+from typing import Any
+
+from server.training.scores import RunSettings, Score
+
+_METRICS = {"rouge_l": "ROUGE-L", "accuracy": "accuracy"}
+_NOTHING = "–"  # noqa: RUF001  # what tables print where there is no number
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A mean over seeds and its sample standard deviation, None for a single seed."""
+
+    mean: float
+    deviation: float | None
+    seeds: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread | None:
+        """Of one value per seed; None when there are none."""
+        if not values:
+            return None
+        return cls(mean(values), stdev(values) if len(values) > 1 else None, len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.1f}" if self.deviation is None else f"{self.mean:.1f} ± {self.deviation:.1f}"
+
+
+@dataclass(frozen=True)
+class MethodRow:
+    """One method in a table."""
+
+    method: str
+    tasks: dict[str, Spread | None]
+    overall: Spread | None  # of the means over all tasks, of those seeds that have all tasks
+    exact_match: Spread | None  # the same
+    trained_parameters: int | None  # per task; None where nothing is trained
+    seconds: float | None  # median of the adaptations
+    demonstrations: float | None  # mean number of examples in a prompt, None where there are none
+
+
+@dataclass(frozen=True)
+class Table:
+    """All methods at one number of examples; those that use none stand in every table."""
+
+    examples: int
+    tasks: dict[str, str]  # task: metric
+    rows: tuple[MethodRow, ...]
+    devices: tuple[str, ...]
+
+
+def make_tables(scores: Sequence[Score]) -> list[Table]:
+    """One table for each number of examples, fewest first; methods and tasks in the order of the scores."""
+    numbers = sorted({score.examples for score in scores} - {0}) or [0]
+    return [_make_table(number, [s for s in scores if s.examples in (0, number)]) for number in numbers]
+
+
+def as_markdown(tables: Sequence[Table]) -> str:
+    """The tables as Markdown."""
+    return "\n\n".join(_table_as_markdown(table) for table in tables)
+
+
+def as_document(settings: RunSettings, scores: Sequence[Score]) -> dict[str, Any]:
+    """Settings, tables and single scores as one document for JSON."""
+    return {
+        "settings": asdict(settings),
+        "tables": [asdict(table) for table in make_tables(scores)],
+        "scores": [asdict(score) for score in scores],
+    }
+
+
+def short_names(tasks: Sequence[str]) -> dict[str, str]:
+    """{task: its name up to the first underscore}, or the whole name where that would be ambiguous."""
+    heads = [task.partition("_")[0] for task in tasks]
+    return {task: head if heads.count(head) == 1 else task for task, head in zip(tasks, heads, strict=True)}
+
+
+def _make_table(examples: int, scores: Sequence[Score]) -> Table:
+    tasks = {score.task: _METRICS[score.metric] for score in sorted(scores, key=lambda score: score.task)}
+    methods = dict.fromkeys(score.method for score in scores)
+    rows = tuple(_make_row(method, list(tasks), [s for s in scores if s.method == method]) for method in methods)
+    devices = sorted({score.device for score in scores if score.adaptation} or {score.device for score in scores})
+    return Table(examples, tasks, rows, tuple(devices))
+
+
+def _make_row(method: str, tasks: Sequence[str], scores: Sequence[Score]) -> MethodRow:
+    adaptations = [score.adaptation for score in scores if score.adaptation]
+    shown = [score.demonstrations for score in scores]
+    return MethodRow(
+        method=method,
+        tasks={task: Spread.of([score.score for score in scores if score.task == task]) for task in tasks},
+        overall=_over_tasks(tasks, scores, lambda score: score.score),
+        exact_match=_over_tasks(tasks, scores, lambda score: score.exact_match),
+        trained_parameters=max((int(a["trained_parameters"]) for a in adaptations), default=None),
+        seconds=median(a["seconds"] for a in adaptations) if adaptations else None,
+        demonstrations=mean(shown) if any(shown) else None,
+    )
+
+
+def _over_tasks(tasks: Sequence[str], scores: Sequence[Score], value: Callable[[Score], float]) -> Spread | None:
+    """Over seeds, of the means over tasks. A seed without all of the tasks would compare unequal things."""
+    by_seed: dict[int, list[float]] = {}
+    for score in scores:
+        by_seed.setdefault(score.seed, []).append(value(score))
+    return Spread.of([mean(values) for values in by_seed.values() if len(values) == len(tasks)])
+
+
+def _table_as_markdown(table: Table) -> str:
+    names = short_names(list(table.tasks))
+    metrics = set(table.tasks.values())
+    heads = [name if len(metrics) == 1 else f"{name} ({table.tasks[task]})" for task, name in names.items()]
+    columns = ["method", *heads, "mean", "exact match", "tuned", "seconds"]
+    lines = [
+        f"{' and '.join(sorted(metrics))} in percent after {table.examples} examples: "
+        f"mean over seeds ± standard deviation ({', '.join(table.devices)})",
+        "",
+        f"| {' | '.join(columns)} |",
+        f"|{'---|' * len(columns)}",
+        *(f"| {' | '.join(_cells(row))} |" for row in table.rows),
+    ]
+    longer = [f"{short} is {task}" for task, short in names.items() if short != task]
+    return "\n".join([*lines, *(["", "; ".join(longer) + "."] if longer else [])])
+
+
+def _cells(row: MethodRow) -> list[str]:
+    shown = row.method if row.demonstrations is None else f"{row.method} ({row.demonstrations:.1f} in the prompt)"
+    spreads = [*row.tasks.values(), row.overall, row.exact_match]
+    return [
+        shown,
+        *(_NOTHING if spread is None else str(spread) for spread in spreads),
+        _NOTHING if row.trained_parameters is None else f"{row.trained_parameters:,}",
+        _NOTHING if row.seconds is None else f"{row.seconds:.1f}",
+    ]

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from server.training.report import Spread, as_document, as_markdown, make_tables, short_names
+from server.training.scores import Metric, RunSettings, Score
+
+
+def _score(
+    method: str, task: str, seed: int, score: float, examples: int = 8, metric: Metric = "rouge_l", shown: float = 0.0
+) -> Score:
+    adaptation = {"trained_parameters": 1234, "seconds": 2.0 + seed} if method == "mhr" else {}
+    return Score(task, method, seed, examples, metric, score, score / 2, 10, shown, adaptation, "cpu")
+
+
+SCORES = [
+    *[_score("mu", task, seed, 10.0 * seed, examples=0) for task in ("task1_a", "task2_b") for seed in (0, 1)],
+    *[
+        _score("mhr", task, seed, value, examples)
+        for examples, base in ((8, 40.0), (32, 60.0))
+        for task, seed, value in [
+            ("task1_a", 0, base),
+            ("task1_a", 1, base + 10),
+            ("task2_b", 0, base + 20),
+            ("task2_b", 1, base + 30),
+        ]
+    ],
+]
+
+
+def test_one_table_for_each_number_of_examples_with_the_methods_that_use_none() -> None:
+    few, many = make_tables(SCORES)
+    assert (few.examples, many.examples) == (8, 32)
+    assert [row.method for row in few.rows] == [row.method for row in many.rows] == ["mu", "mhr"]
+    mu, mhr = many.rows
+    assert mhr.tasks["task1_a"] == Spread(65.0, pytest.approx(50**0.5), 2)
+    assert mhr.overall == Spread(75.0, pytest.approx(50**0.5), 2)
+    assert mhr.exact_match == Spread(37.5, pytest.approx(50**0.5 / 2), 2)
+    assert (mhr.trained_parameters, mhr.seconds) == (1234, 2.5)
+    assert mu.overall == Spread(5.0, pytest.approx(50**0.5), 2)
+    assert (mu.trained_parameters, mu.seconds) == (None, None)
+
+
+def test_as_markdown() -> None:
+    assert as_markdown(make_tables(SCORES[:8])).splitlines() == [
+        "ROUGE-L in percent after 8 examples: mean over seeds ± standard deviation (cpu)",
+        "",
+        "| method | task1 | task2 | mean | exact match | tuned | seconds |",
+        "|---|---|---|---|---|---|---|",
+        "| mu | 5.0 ± 7.1 | 5.0 ± 7.1 | 5.0 ± 7.1 | 2.5 ± 3.5 | – | – |",  # noqa: RUF001
+        "| mhr | 45.0 ± 7.1 | 65.0 ± 7.1 | 55.0 ± 7.1 | 27.5 ± 3.5 | 1,234 | 2.5 |",
+        "",
+        "task1 is task1_a; task2 is task2_b.",
+    ]
+
+
+def test_a_seed_that_lacks_a_task_is_not_in_the_mean_over_tasks() -> None:
+    scores = [_score("mhr", "a", 0, 10.0), _score("mhr", "b", 0, 30.0), _score("mhr", "a", 1, 90.0)]
+    [row] = make_tables(scores)[0].rows
+    assert row.overall == Spread(20.0, None, 1)
+    assert row.tasks["a"] is not None
+    assert row.tasks["a"].mean == 50.0
+
+
+def test_what_is_not_there_yet_is_a_dash() -> None:
+    table = as_markdown(make_tables([_score("mu", "a", 0, 1.0), _score("mhr", "b", 0, 2.0)]))
+    assert "| mhr | – | 2.0 | – | – | 1,234 | 2.0 |" in table  # noqa: RUF001
+
+
+def test_demonstrations_and_mixed_metrics_are_named() -> None:
+    text = as_markdown(
+        make_tables([_score("demos", "RTE", 0, 50.0, metric="accuracy", shown=6.25), _score("demos", "a", 0, 40.0)])
+    )
+    assert "| demos (3.1 in the prompt) |" in text
+    assert "| RTE (accuracy) | a (ROUGE-L) |" in text
+
+
+def test_methods_without_examples_alone_have_a_table() -> None:
+    [table] = make_tables([_score("mu", "a", 0, 10.0, examples=0)])
+    assert table.examples == 0
+
+
+def test_short_names_stay_unambiguous() -> None:
+    assert short_names(["task1_a", "task2_b", "x_1", "x_2"]) == {
+        "task1_a": "task1",
+        "task2_b": "task2",
+        "x_1": "x_1",
+        "x_2": "x_2",
+    }
+
+
+def test_the_document_is_json() -> None:
+    document = json.loads(json.dumps(as_document(RunSettings({"instances": 10}, {}, {}), SCORES)))
+    assert document["settings"]["protocol"] == {"instances": 10}
+    assert document["tables"][0]["rows"][1]["overall"]["mean"] == 55.0
+    assert len(document["scores"]) == len(SCORES)
