@@ -112,7 +112,7 @@ class Evaluator:
             )
             for instance in drawn.instances
         ]
-        return [tuple(tokens) for tokens, _ in fitted], round(mean(count for _, count in fitted), 2)
+        return [tuple(tokens) for tokens, _ in fitted], round(mean(float(count) for _, count in fitted), 2)
 
     def _answer_tokens(self, task: EvaluationTask) -> int:
         if not task.choices:
@@ -144,4 +144,4 @@ def _check_fingerprint(name: str, inventory: Inventory, backbone: Backbone) -> N
 
 def _percent(values: Sequence[float]) -> float:
     """The mean of numbers between 0 and 1, as a percentage."""
-    return round(100 * mean(values), 2)
+    return round(100.0 * mean(values), 2)
