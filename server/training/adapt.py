@@ -223,7 +223,7 @@ class _Search:
             if self._context.should_stop():
                 self._context.save(self._state())
                 raise Stopped
-            loss = self._trainer.step(batch)
+            loss = self._trainer.step(batch).item()
             step = self._trainer.step_count
             self._context.report("step", {"step": step, "steps": self._settings.steps, "loss": round(loss, 5)})
             if step % self._settings.evaluate_every == 0 or step == self._settings.steps:

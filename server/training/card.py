@@ -2,16 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from statistics import mean
+from typing import Any
 
 from server.adapters.inventory import Inventory
 
+_METHODS = {
+    "mhr": "MHR: skills shared by all tasks, routed by several heads",
+    "poly": "Poly: skills shared by all tasks, routed by one head",
+    "shared": "shared LoRA: one skill for all tasks",
+    "private": "private LoRAs: one skill for every task; their mean is AdapterSoup",
+}
+_OPTIONS = (
+    "steps",
+    "method",
+    "skills",
+    "heads",
+    "rank",
+    "alpha",
+    "batch_size",
+    "accumulate",
+    "optimizer",
+    "adapter_lr",
+    "routing_lr",
+    "task_sampling",
+    "temperature",
+    "rows_per_task",
+    "seed",
+)
 
-def write_card(path: Path, inventory: Inventory, losses: Sequence[float]) -> None:
-    """Write the card as Markdown; `losses` are the run's training losses, step by step."""
-    path.write_text("\n".join([*_shape(inventory), *_run(inventory, losses), *_tasks(inventory), ""]))
+
+def card(inventory: Inventory, losses: Sequence[float]) -> str:
+    """The card as Markdown; `losses` are the run's training losses, step by step."""
+    return "\n".join([*_shape(inventory), *_run(inventory, losses), *_tasks(inventory), ""])
 
 
 def _shape(inventory: Inventory) -> list[str]:
@@ -21,6 +45,7 @@ def _shape(inventory: Inventory) -> list[str]:
         "",
         "| | |",
         "|---|---|",
+        f"| method | {_METHODS[inventory.training['method']]} |",
         f"| backbone fingerprint | `{inventory.backbone_fingerprint}` |",
         f"| skills K, heads h, rank r, alpha | {skills}, {heads}, {inventory.rank}, {inventory.alpha:g} |",
         f"| adapted linears | {linears} |",
@@ -32,20 +57,12 @@ def _shape(inventory: Inventory) -> list[str]:
 
 def _run(inventory: Inventory, losses: Sequence[float]) -> list[str]:
     training = inventory.training
-    steps = training["steps"]
-    command = (
-        f"mhr pretrain --data DATA --out OUT --steps {steps} --batch-size {training['batch_size']}"
-        f" --skills {inventory.num_skills} --heads {inventory.num_heads} --rank {inventory.rank}"
-        f" --alpha {inventory.alpha:g} --adapter-lr {training['adapter_lr']:g}"
-        f" --routing-lr {training['routing_lr']:g} --seed {training['seed']}"
-        f"{' --noise' if training['noise'] else ''}"
-    )
     before, after = training["validation_before"], training["validation_after"]
     window = max(1, len(losses) // 10)
     return [
         "## Training",
         "",
-        f"    {command}",
+        f"    {_command(training)}",
         "",
         "Losses are nats per answer token, each sequence counting alike.",
         "",
@@ -57,6 +74,18 @@ def _run(inventory: Inventory, losses: Sequence[float]) -> list[str]:
         f"| the same, each task with its own routing | {mean(after.values()):.3f} |",
         "",
     ]
+
+
+def _command(training: Mapping[str, Any]) -> str:
+    """The command line that trains such an inventory."""
+    options = [
+        f"--{name.replace('_', '-')} {_shown(training[name])}" for name in _OPTIONS if training[name] is not None
+    ]
+    return " ".join(["mhr pretrain --data DATA --out OUT", *options, *(["--noise"] if training["noise"] else [])])
+
+
+def _shown(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _tasks(inventory: Inventory) -> list[str]:

@@ -31,9 +31,11 @@ class Learner(nn.Module):
 
 
 class RoutedLearner(Learner):
-    """Poly and MHR: skills shared by T tasks, and each task's routing (T, L, h, K)."""
+    """Skills shared by T tasks, and each task's routing (T, L, h, K), learnt as well or given and fixed."""
 
-    def __init__(self, inventory: Inventory, routing: Tensor, *, train_skills: bool) -> None:
+    def __init__(
+        self, inventory: Inventory, routing: Tensor, *, train_skills: bool, train_routing: bool = True
+    ) -> None:
         super().__init__()
         self._groups = inventory.groups
         self._alpha = inventory.alpha
@@ -41,7 +43,7 @@ class RoutedLearner(Learner):
         self._linears = inventory.linears
         self.A = _parameters([group.A for group in self._groups], train_skills)
         self.B = _parameters([group.B for group in self._groups], train_skills)
-        self.routing = nn.Parameter(routing.clone().float())
+        self.routing = nn.Parameter(routing.clone().float(), requires_grad=train_routing)
 
     def adapters(self, tasks: Tensor, dtype: torch.dtype, noise: torch.Generator | None = None) -> StackedAdapters:
         logits = self.routing[tasks]  # (N, L, h, K)
@@ -56,7 +58,7 @@ class RoutedLearner(Learner):
         return [p for p in [*self.A, *self.B] if p.requires_grad]
 
     def routing_parameters(self) -> list[nn.Parameter]:
-        return [self.routing]
+        return [self.routing] if self.routing.requires_grad else []
 
     def skills(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The learnt skills by linear, in the inventory's order: A (h, K, d_in/h, r) and B (h, K, r, d_out/h)."""

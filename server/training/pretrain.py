@@ -2,56 +2,33 @@
 
 from __future__ import annotations
 
-import json
-import os
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from server.adapters.injection import inject, linear_sizes
 from server.adapters.inventory import Inventory, InventoryTask, check_heads
-from server.adapters.routing import fresh_routing
+from server.adapters.routing import fresh_routing, one_hot_routing
 from server.backbone import Backbone
 from server.errors import InvalidInput
-from server.training.batches import Batch, EncodedExample, collate, encode_examples
-from server.training.card import write_card
-from server.training.examples import TaskExamples, hold_out, read_tasks
+from server.training.card import card
+from server.training.checkpoint import Checkpoint, describe_differences
+from server.training.distributed import ALONE, Processes
+from server.training.gradient_alignment import choose_tasks, gradient_alignment
 from server.training.learners import RoutedLearner, fresh_skills
-from server.training.prompts import DEFAULT_PROMPT_FORMAT
+from server.training.pretrain_config import PretrainConfig, PretrainMethod
+from server.training.pretrain_data import PretrainData, describe_changes, load_data
+from server.training.run_folder import CARD, INVENTORY, RunFolder, read_log
 from server.training.sampling import BatchSampler
-from server.training.trainer import Trainer, TrainerConfig
+from server.training.trainer import Trainer
 
-CHECKPOINT = "checkpoint.safetensors"
-INVENTORY = "inventory.safetensors"
-LOG = "log.jsonl"
-
-
-@dataclass(frozen=True)
-class PretrainConfig:
-    """What to learn and how long. `num_heads` = 1 is Poly, more is MHR."""
-
-    data: Path
-    out: Path
-    num_skills: int = 8
-    num_heads: int = 8
-    rank: int = 4
-    alpha: float = 16.0
-    batch_size: int = 16
-    validation_fraction: float = 0.05
-    checkpoint_every: int = 100
-    prompt_format: str = DEFAULT_PROMPT_FORMAT
-    trainer: TrainerConfig = field(default_factory=lambda: TrainerConfig(steps=1000))
-
-    def __post_init__(self) -> None:
-        for name in ("num_skills", "num_heads", "rank", "batch_size", "checkpoint_every"):
-            if getattr(self, name) < 1:
-                raise InvalidInput(f"{name} must be at least 1", param=name)
-        if self.trainer.steps < 1:
-            raise InvalidInput("steps must be at least 1", param="steps")
+# Reading a loss makes a GPU wait for its work; a CPU has nothing to wait for.
+_STEPS_A_REPORT = {"cpu": 1, "cuda": 10}
 
 
 @dataclass(frozen=True)
@@ -64,175 +41,198 @@ class PretrainProgress:
     seconds: float
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The tasks, tokenised, and a part of each kept for validation."""
-
-    tasks: list[TaskExamples]
-    train: list[EncodedExample]
-    validation: list[Batch]  # one batch a task, in the tasks' order
-
-
 def pretrain(
     config: PretrainConfig,
     backbone: Backbone,
     *,
+    processes: Processes = ALONE,
     on_progress: Callable[[PretrainProgress], None] = lambda progress: None,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path | None:
     """Train an inventory and write it, its card and its log to `config.out`; returns the inventory's path.
 
     A run that was stopped goes on from its last checkpoint in `config.out`, with the same batches and
-    noise as if it had not been. Returns None when `should_stop` ended it early.
-    Raises InvalidInput for data, settings or a disk that cannot be used, naming them.
+    noise as if it had not been. Returns None when `should_stop` ended it early. Of several processes only
+    the first writes and reports, and `should_stop` has to answer all of them alike.
+    Raises InvalidInput for data, settings, checkpoints or a disk that cannot be used, naming them.
     """
-    data = _load_data(config, backbone)
-    trainer = _trainer(config, backbone, len(data.tasks))
+    data = load_data(config, backbone)
+    run = _Run(config, backbone, data, processes)
     try:
-        config.out.mkdir(parents=True, exist_ok=True)
-        _resume(config.out, trainer)
-        before = _validate(trainer, data) if trainer.step_count == 0 else _logged_validation(config.out)
-        _log(config.out, {"step": 0, "validation": before}) if trainer.step_count == 0 else None
-        if not _run(config, trainer, data, on_progress, should_stop):
+        run.start()
+        if not run.step_to_the_end(on_progress, should_stop):
             return None
-        return _write(config, backbone, trainer, data, before)
+        return run.finish()
     except OSError as error:
-        raise InvalidInput(f"cannot write to {config.out}: {error}; the last checkpoint there is kept") from error
+        raise InvalidInput(f"cannot use {config.out}: {error}; {run.what_is_kept()}") from error
 
 
-def _load_data(config: PretrainConfig, backbone: Backbone) -> _Data:
-    tasks = read_tasks(config.data)
-    train: list[EncodedExample] = []
-    validation: list[Batch] = []
-    for index, task in enumerate(tasks):
-        generator = torch.Generator().manual_seed(config.trainer.seed * 1_000_003 + index)
-        order = torch.randperm(len(task.examples), generator=generator).tolist()
-        encoded = encode_examples(
-            backbone.tokenizer,
-            task.examples,
-            task=index,
-            instruction=task.instruction,
-            prompt_format=config.prompt_format,
-            context_length=backbone.context_length,
-            place=task.task,
+class _Run:
+    """A run in its folder: resumed or begun, stepped, finished."""
+
+    def __init__(self, config: PretrainConfig, backbone: Backbone, data: PretrainData, processes: Processes) -> None:
+        if config.alignment_every and len(data.tasks) < 2:
+            raise InvalidInput("gradient alignment is between tasks, and there is one task; leave alignment_every out")
+        self._config = config
+        self._backbone = backbone
+        self._data = data
+        self._processes = processes
+        self._folder = RunFolder(config.out)
+        self._learner = make_learner(config, backbone, len(data.tasks))
+        self._trainer = Trainer(backbone.model, inject(backbone.model), self._learner, config.trainer, processes)
+        self._settings = config.settings() | {"backbone": backbone.fingerprint}
+        self._before: dict[str, float] = {}  # held-out loss of each task before the first step
+        self._saved_step = -1
+
+    def start(self) -> None:
+        """Take up the run's last checkpoint, or begin."""
+        file = self._folder.checkpoint
+        if file is not None:
+            self._resume(file)
+            return
+        if self._processes.is_first:
+            self._folder.begin_log()
+        self._before = self._validate()
+        self._log({"step": 0, "validation": self._before})
+
+    def step_to_the_end(self, on_progress: Callable[[PretrainProgress], None], should_stop: Callable[[], bool]) -> bool:
+        """Step until done; False when stopped early. Either way the state is on disk."""
+        config, trainer = self._config, self._trainer
+        sampler = BatchSampler(self._data.train, config.sequences_per_step, config.trainer.seed, config.sampling)
+        pieces = sampler.pieces_from_step(trainer.step_count, config.batch_size, self._processes)
+        report_every = _STEPS_A_REPORT[trainer.device.type]
+        losses: list[Tensor] = []
+        since = time.perf_counter()
+        while trainer.step_count < config.trainer.steps and not should_stop():
+            losses.append(trainer.step(*next(pieces)))
+            step = trainer.step_count
+            measure = config.alignment_every and step % config.alignment_every == 0
+            save = step % config.checkpoint_every == 0
+            if measure or save or len(losses) >= report_every:
+                self._report(losses, since, on_progress)
+                if measure:
+                    self._measure_alignment()
+                if save:
+                    self._save()
+                losses, since = [], time.perf_counter()
+        self._report(losses, since, on_progress)
+        self._save()
+        return trainer.step_count >= config.trainer.steps
+
+    def finish(self) -> Path:
+        """Validate, and write the inventory and its card."""
+        after = self._validate()
+        self._log({"step": self._trainer.step_count, "validation": after})
+        A, B = self._learner.skills()
+        tasks = self._data.tasks
+        inventory = Inventory(
+            A=A,
+            B=B,
+            alpha=self._config.alpha,
+            backbone_fingerprint=self._backbone.fingerprint,
+            backbone_name=self._backbone.name,
+            prompt_format=self._config.prompt_format,
+            routings={task.task: self._learner.routing[i].detach().cpu() for i, task in enumerate(tasks)},
+            tasks={t.task: InventoryTask(t.instruction, t.licence, t.source) for t in tasks},
+            training={**self._config.settings(), "validation_before": self._before, "validation_after": after},
         )
-        kept, held_out = hold_out(encoded, config.validation_fraction, order)
-        train += kept
-        validation.append(collate(held_out))
-    return _Data(tasks, train, validation)
+        if self._processes.is_first:
+            losses = [record["loss"] for record in read_log(self._folder.path) if "loss" in record]
+            self._folder.write(CARD, card(inventory, losses).encode())
+            self._folder.write(INVENTORY, inventory.to_bytes())
+        return self._folder.path / INVENTORY
+
+    def what_is_kept(self) -> str:
+        """What a run that had to stop leaves to go on from."""
+        if self._saved_step < 0:
+            return "no checkpoint was written yet; put that right and run the command again"
+        return f"the checkpoint of step {self._saved_step} is kept; put that right and run the command again to go on"
+
+    def _resume(self, file: Path) -> None:
+        try:
+            checkpoint = Checkpoint.from_bytes(file.read_bytes())
+        except InvalidInput as error:
+            raise InvalidInput(
+                f"the checkpoint {file} is damaged: {error}; delete it to go on from the one before it, if there "
+                "is one, or else from the start"
+            ) from error
+        notes = checkpoint.notes
+        if differences := describe_differences(notes["settings"], self._settings):
+            raise InvalidInput(
+                f"the run in {self._folder.path} was begun with other settings ({differences}); "
+                "resume with those, or begin anew in another folder"
+            )
+        if changes := describe_changes(notes["data"], self._data.digests()):
+            raise InvalidInput(
+                f"the tasks in {self._config.data} are not those that the run in {self._folder.path} was begun with "
+                f"({changes}); put them back, or begin anew in another folder"
+            )
+        self._trainer.load(checkpoint)
+        self._saved_step = checkpoint.step
+        self._before = notes["validation_before"]
+        if self._processes.is_first:
+            self._folder.cut_log(checkpoint.step)
+
+    def _save(self) -> None:
+        step = self._trainer.step_count
+        if step == self._saved_step or not self._processes.is_first:
+            return
+        notes = {"settings": self._settings, "data": self._data.digests(), "validation_before": self._before}
+        self._folder.write_checkpoint(self._trainer.to_bytes(notes))
+        self._saved_step = step
+
+    def _report(self, losses: list[Tensor], since: float, on_progress: Callable[[PretrainProgress], None]) -> None:
+        """Fetch the losses of the last steps, log them and tell of them."""
+        if not losses:
+            return
+        values = torch.stack(losses).tolist()
+        seconds = (time.perf_counter() - since) / len(values)
+        first = self._trainer.step_count - len(values) + 1
+        for step, loss in enumerate(values, first):
+            if not math.isfinite(loss):
+                raise InvalidInput(
+                    f"the loss is {loss} at step {step}; begin anew with lower learning rates; {self.what_is_kept()}"
+                )
+            self._log({"step": step, "loss": round(loss, 5), "seconds": round(seconds, 4)})
+            if self._processes.is_first:
+                on_progress(PretrainProgress(step, self._config.trainer.steps, loss, seconds))
+
+    def _measure_alignment(self) -> None:
+        if not self._processes.is_first:
+            return  # the others wait for it in their next step
+        tasks = choose_tasks(len(self._data.tasks), self._config.alignment_tasks, self._config.trainer.seed)
+        alignment = gradient_alignment(self._trainer, [self._data.validation[task] for task in tasks])
+        self._log({"step": self._trainer.step_count, "alignment": round(alignment, 5)})
+
+    def _validate(self) -> dict[str, float]:
+        """Mean loss of each task's held-out part, in nats per answer token; each process computes some."""
+        losses = torch.zeros(len(self._data.tasks), device=self._trainer.device)
+        for task in range(self._processes.rank, len(losses), self._processes.world_size):
+            losses[task] = self._trainer.evaluate([self._data.validation[task]])
+        values = self._processes.add_up(losses).tolist()
+        return {task.task: round(loss, 4) for task, loss in zip(self._data.tasks, values, strict=True)}
+
+    def _log(self, record: dict[str, object]) -> None:
+        if self._processes.is_first:
+            self._folder.log(record)
 
 
-def _trainer(config: PretrainConfig, backbone: Backbone, num_tasks: int) -> Trainer:
-    context = inject(backbone.model)
+def make_learner(config: PretrainConfig, backbone: Backbone, num_tasks: int) -> RoutedLearner:
+    """The learner of a run at its start. Raises InvalidInput for heads that divide not every linear."""
+    inject(backbone.model)
+    layout = config.layout
     sizes = linear_sizes(backbone.model)
     for linear, (d_in, d_out) in sizes.items():
-        check_heads(linear, d_in, d_out, config.num_heads)
+        check_heads(linear, d_in, d_out, layout.num_heads)
     generator = torch.Generator().manual_seed(config.trainer.seed)
-    A, B = fresh_skills(sizes, config.num_heads, config.num_skills, config.rank, generator)
+    num_skills = layout.skills_for(num_tasks)
+    A, B = fresh_skills(sizes, layout.num_heads, num_skills, config.rank, generator)
     start = Inventory(A, B, config.alpha, backbone.fingerprint, backbone.name, config.prompt_format)
-    routing = torch.stack([fresh_routing(*start.routing_shape, generator) for _ in range(num_tasks)])
-    learner = RoutedLearner(start, routing, train_skills=True).to(backbone.device)
-    return Trainer(backbone.model, context, learner, config.trainer)
-
-
-def _run(
-    config: PretrainConfig,
-    trainer: Trainer,
-    data: _Data,
-    on_progress: Callable[[PretrainProgress], None],
-    should_stop: Callable[[], bool],
-) -> bool:
-    """Step to the end; False when stopped early. Either way the state is on disk."""
-    steps = config.trainer.steps
-    batches = BatchSampler(data.train, config.batch_size, config.trainer.seed).from_step(trainer.step_count)
-    while trainer.step_count < steps and not should_stop():
-        began = time.perf_counter()
-        loss = trainer.step(next(batches))
-        progress = PretrainProgress(trainer.step_count, steps, loss, time.perf_counter() - began)
-        _log(config.out, {"step": progress.step, "loss": round(loss, 5), "seconds": round(progress.seconds, 3)})
-        on_progress(progress)
-        if trainer.step_count % config.checkpoint_every == 0:
-            _write_atomically(config.out / CHECKPOINT, trainer.to_bytes())
-    _write_atomically(config.out / CHECKPOINT, trainer.to_bytes())
-    return trainer.step_count >= steps
-
-
-def _validate(trainer: Trainer, data: _Data) -> dict[str, float]:
-    """Mean loss of each task's held-out part, in nats per answer token."""
-    return {
-        task.task: round(trainer.evaluate([batch]), 4) for task, batch in zip(data.tasks, data.validation, strict=True)
-    }
-
-
-def _write(config: PretrainConfig, backbone: Backbone, trainer: Trainer, data: _Data, before: dict[str, float]) -> Path:
-    after = _validate(trainer, data)
-    _log(config.out, {"step": trainer.step_count, "validation": after})
-    learner = trainer.learner
-    assert isinstance(learner, RoutedLearner)
-    A, B = learner.skills()
-    inventory = Inventory(
-        A=A,
-        B=B,
-        alpha=config.alpha,
-        backbone_fingerprint=backbone.fingerprint,
-        backbone_name=backbone.name,
-        prompt_format=config.prompt_format,
-        routings={task.task: learner.routing[i].detach().cpu() for i, task in enumerate(data.tasks)},
-        tasks={t.task: InventoryTask(t.instruction, t.licence, t.source) for t in data.tasks},
-        training={**_settings(config), "validation_before": before, "validation_after": after},
-    )
-    path = config.out / INVENTORY
-    _write_atomically(path, inventory.to_bytes())
-    write_card(
-        config.out / "card.md", inventory, [record["loss"] for record in read_log(config.out) if "loss" in record]
-    )
-    return path
-
-
-def _settings(config: PretrainConfig) -> dict[str, Any]:
-    trainer = config.trainer
-    return {
-        "steps": trainer.steps,
-        "batch_size": config.batch_size,
-        "adapter_lr": trainer.adapter_lr,
-        "routing_lr": trainer.routing_lr,
-        "warmup": trainer.warmup,
-        "clip_norm": trainer.clip_norm,
-        "noise": trainer.noise,
-        "seed": trainer.seed,
-        "validation_fraction": config.validation_fraction,
-    }
-
-
-def _resume(out: Path, trainer: Trainer) -> None:
-    checkpoint = out / CHECKPOINT
-    if not checkpoint.exists():
-        (out / LOG).unlink(missing_ok=True)
-        return
-    trainer.load_bytes(checkpoint.read_bytes())
-    kept = [record for record in read_log(out) if record["step"] <= trainer.step_count]
-    _write_atomically(out / LOG, "".join(json.dumps(record) + "\n" for record in kept).encode())
-
-
-def _logged_validation(out: Path) -> dict[str, float]:
-    first: dict[str, float] = next(record["validation"] for record in read_log(out) if "validation" in record)
-    return first
-
-
-def read_log(out: Path) -> Sequence[dict[str, Any]]:
-    """The records of a run's log: {"step", "loss", "seconds"} and {"step", "validation": {task: loss}}."""
-    return [json.loads(line) for line in (out / LOG).read_text().splitlines()]
-
-
-def _log(out: Path, record: dict[str, Any]) -> None:
-    with (out / LOG).open("a") as log:
-        log.write(json.dumps(record) + "\n")
-
-
-def _write_atomically(path: Path, data: bytes) -> None:
-    temporary = path.with_suffix(".writing")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if layout.method is PretrainMethod.PRIVATE:
+        routing = torch.stack([one_hot_routing(*start.routing_shape, task) for task in range(num_tasks)])
+    elif layout.method is PretrainMethod.SHARED:
+        routing = torch.zeros(num_tasks, *start.routing_shape)
+    else:
+        routing = torch.stack([fresh_routing(*start.routing_shape, generator) for _ in range(num_tasks)])
+    learner = RoutedLearner(start, routing, train_skills=True, train_routing=layout.learns_routing)
+    return learner.to(backbone.device)

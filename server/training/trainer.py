@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from server.adapters.adapted_linear import AdapterContext, TaskRows
-from server.adapters.documents import read_document, write_document
 from server.errors import InvalidInput
 from server.training.attention import training_attention
 from server.training.batches import Batch
+from server.training.checkpoint import Checkpoint, describe_differences
+from server.training.distributed import ALONE, Processes
 from server.training.learners import Learner
-
-_FORMAT = "mhr-checkpoint-1"
-_OPTIMIZER_STATE = ("step", "exp_avg", "exp_avg_sq")
+from server.training.optimizers import OptimizerName, load_state, make_optimizer, state_tensors
 
 
 @dataclass(frozen=True)
@@ -27,6 +26,7 @@ class TrainerConfig:
     """How a learner moves. Learning rates rise over the warm-up and then fall linearly to zero."""
 
     steps: int
+    optimizer: OptimizerName = OptimizerName.ADAMW
     adapter_lr: float = 1e-3
     routing_lr: float = 0.1
     warmup: float = 0.06  # fraction of the steps
@@ -37,35 +37,54 @@ class TrainerConfig:
 
 
 class Trainer:
-    """Steps of AdamW on a learner's parameters through a frozen model whose linears are wrapped."""
+    """Steps on a learner's parameters through a frozen model whose linears are wrapped.
+
+    With several processes every one of them steps, each on its share of the batches, and all of them keep
+    the same parameters.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, context: AdapterContext, learner: Learner, config: TrainerConfig
+        self,
+        model: PreTrainedModel,
+        context: AdapterContext,
+        learner: Learner,
+        config: TrainerConfig,
+        processes: Processes = ALONE,
     ) -> None:
         self.model = model
         self.context = context
         self.learner = learner
         self.config = config
         self.step_count = 0
-        self._device = next(model.parameters()).device
+        self.device = next(model.parameters()).device
+        self._processes = processes
         self._switch = training_attention(model)
-        self._optimizer = torch.optim.AdamW(_groups(learner, config), betas=(0.9, 0.999), fused=True)
+        self._optimizer = make_optimizer(config.optimizer, _groups(learner, config))
 
-    def step(self, batch: Batch) -> float:
-        """One step; returns the batch's loss, in nats per answer token, as it was before the step."""
+    def step(self, *batches: Batch) -> Tensor:
+        """One step on batches as if they were one; returns their loss before the step, on the device.
+
+        The loss is in nats per answer token. Batches are computed one after the other, so that a step may
+        hold more sequences than memory does; reading the loss waits for the device, and nothing else here does.
+        """
         self._set_learning_rates()
-        noise = self._noise() if self.config.noise else None
-        loss = self.loss(batch, noise)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([p for g in self._optimizer.param_groups for p in g["params"]], self.config.clip_norm)
+        sequences = sum(batch.num_sequences for batch in batches)
+        total = torch.zeros((), device=self.device)
+        for place, batch in enumerate(batches):
+            loss = self.loss(batch, self._noise(place)) * (batch.num_sequences / sequences)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        parameters = list(self._trainable().values())
+        total = self._processes.average_gradients(parameters, total, weight=sequences)
+        nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step_count += 1
-        return loss.item()
+        return total
 
     def loss(self, batch: Batch, noise: torch.Generator | None = None, learner: Learner | None = None) -> Tensor:
         """Mean negative log-likelihood of the answers: over a sequence's tokens, then over sequences."""
-        batch = batch.to(self._device)
+        batch = batch.to(self.device)
         adapters = (learner or self.learner).adapters(batch.tasks, self.model.dtype, noise)
         with self.context.use(TaskRows(adapters, batch.rows)), self._attention():
             hidden: Tensor = self.model.base_model(input_ids=batch.tokens, use_cache=False)[0]  # (B, T, d)
@@ -78,19 +97,27 @@ class Trainer:
     @torch.inference_mode()
     def evaluate(self, batches: Iterable[Batch], learner: Learner | None = None) -> float:
         """Mean loss over batches, each sequence counting alike; of another learner where one is given."""
-        total, sequences = 0.0, 0
+        total, sequences = torch.zeros((), dtype=torch.float64, device=self.device), 0
         for batch in batches:
-            size = batch.num_sequences
-            total += self.loss(batch, learner=learner).item() * size
-            sequences += size
-        return total / sequences
+            total += self.loss(batch, learner=learner) * batch.num_sequences
+            sequences += batch.num_sequences
+        return total.item() / sequences
 
     def _attention(self) -> AbstractContextManager[None]:
         return nullcontext() if self._switch is None else self._switch.engaged()
 
-    def _noise(self) -> torch.Generator:
-        # Seeded by the step, so that a resumed run draws what the uninterrupted one would have drawn.
-        return torch.Generator(self._device).manual_seed(self.config.seed * 1_000_003 + self.step_count)
+    def _noise(self, place: int) -> torch.Generator | None:
+        """The noise of a step's batch, or None.
+
+        Seeded by the step and the batch's place in it, so that a resumed run draws what the uninterrupted one
+        would have drawn, and no two batches or processes draw the same.
+        """
+        if not self.config.noise:
+            return None
+        piece = self._processes.rank + place * self._processes.world_size
+        # Kept within 32 bits for the usual seeds: a CPU's generator reads no more of them.
+        seed = self.config.seed * 1_000_003 + self.step_count + piece * 15_485_863
+        return torch.Generator(self.device).manual_seed(seed)
 
     def _set_learning_rates(self) -> None:
         factor = _schedule(self.step_count, self.config)
@@ -112,41 +139,40 @@ class Trainer:
         tensors = {f"kept.{name}": tensor for name, tensor in (kept or {}).items()}
         for name, parameter in self._trainable().items():
             tensors[f"parameter.{name}"] = parameter.detach()
-            for key, value in self._optimizer.state.get(parameter, {}).items():
-                tensors[f"optimizer.{key}.{name}"] = value
-        document = {
-            "step": self.step_count,
-            "config": asdict(self.config),
-            "notes": dict(notes or {}),
-        }
-        return write_document(_FORMAT, document, tensors)
+            for key, value in state_tensors(self._optimizer, parameter).items():
+                tensors[f"optimizer.{name}.{key}"] = value
+        return Checkpoint(self.step_count, asdict(self.config), notes or {}, tensors).to_bytes()
 
     def load_bytes(self, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Continue from `to_bytes`; returns the caller's notes and tensors.
 
-        Raises InvalidInput when it was made with another configuration.
+        Raises InvalidInput when it is damaged, or was made with another configuration.
         """
-        document, tensors = read_document(_FORMAT, data)
-        if document["config"] != asdict(self.config):
-            raise InvalidInput("the checkpoint was made with other settings; resume with those, or begin anew")
-        self.load_parameters({name: tensors[f"parameter.{name}"] for name in self._trainable()})
+        return self.load(Checkpoint.from_bytes(data))
+
+    def load(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """As `load_bytes`, from a checkpoint already read."""
+        if differences := describe_differences(checkpoint.config, asdict(self.config)):
+            raise InvalidInput(
+                f"the checkpoint was made with other settings ({differences}); resume with those, or begin anew"
+            )
+        self.load_parameters(_below("parameter.", checkpoint.tensors))
         for name, parameter in self._trainable().items():
-            keys = [key for key in _OPTIMIZER_STATE if f"optimizer.{key}.{name}" in tensors]
-            if keys:
-                self._optimizer.state[parameter] = {
-                    # Adam's step count stays where torch's fused kernel keeps it: beside the parameter.
-                    key: tensors[f"optimizer.{key}.{name}"].to(parameter.device)
-                    for key in keys
-                }
-        self.step_count = document["step"]
-        return document["notes"], {n.removeprefix("kept."): t for n, t in tensors.items() if n.startswith("kept.")}
+            load_state(self._optimizer, parameter, _below(f"optimizer.{name}.", checkpoint.tensors))
+        self.step_count = checkpoint.step
+        return dict(checkpoint.notes), _below("kept.", checkpoint.tensors)
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         return {name: p for name, p in self.learner.named_parameters() if p.requires_grad}
 
 
-def _groups(learner: Learner, config: TrainerConfig) -> list[dict[str, object]]:
-    groups: list[dict[str, object]] = []
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors whose names begin with the prefix, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _groups(learner: Learner, config: TrainerConfig) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = []
     if adapters := learner.adapter_parameters():
         groups.append({"params": adapters, "peak_lr": config.adapter_lr, "weight_decay": config.weight_decay})
     if routing := learner.routing_parameters():

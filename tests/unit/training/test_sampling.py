@@ -2,10 +2,13 @@ from __future__ import annotations
 
 from itertools import islice
 
+import pytest
 import torch
 
+from server.errors import InvalidInput
 from server.training.batches import EncodedExample
-from server.training.sampling import BatchSampler
+from server.training.distributed import Processes
+from server.training.sampling import BatchSampler, SamplingConfig, TaskSampling
 
 
 def _encoded(task: int, prompt: int, *answers: int) -> EncodedExample:
@@ -41,3 +44,88 @@ def test_batches_are_of_similar_length() -> None:
 def test_fewer_examples_than_a_batch_make_one_smaller_batch() -> None:
     sampler = BatchSampler([_encoded(0, 2, 1), _encoded(0, 3, 1)], 8, seed=0)
     assert next(sampler.from_step(5)).tokens.shape[0] == 2
+
+
+def _uneven() -> list[EncodedExample]:
+    """Tasks 0 and 1 with 80 and 20 examples, each of a prompt token of its own."""
+    return [EncodedExample(int(i >= 80), (100 + i,), ((50,),)) for i in range(100)]
+
+
+def _drawn(config: SamplingConfig, steps: int, batch_size: int = 8) -> list[list[int]]:
+    sampler = BatchSampler(_uneven(), batch_size, seed=0, config=config)
+    return [batch.tokens[:, 0].tolist() for batch in islice(sampler.from_step(0), steps)]
+
+
+def _share_of_the_small_task(config: SamplingConfig) -> float:
+    rows = [row for batch in _drawn(config, 600) for row in batch]
+    return sum(row >= 180 for row in rows) / len(rows)
+
+
+@pytest.mark.parametrize(
+    ("config", "share"),
+    [
+        (SamplingConfig(), 0.2),
+        (SamplingConfig(TaskSampling.UNIFORM), 0.5),
+        (SamplingConfig(TaskSampling.TEMPERATURE, temperature=2), 1 / 3),  # sqrt(20) / (sqrt(20) + sqrt(80))
+        (SamplingConfig(TaskSampling.TEMPERATURE, temperature=1), 0.2),
+        (SamplingConfig(TaskSampling.UNIFORM, rows_per_task=4), 0.5),
+    ],
+)
+def test_tasks_are_drawn_by_their_probabilities(config: SamplingConfig, share: float) -> None:
+    assert _share_of_the_small_task(config) == pytest.approx(share, abs=0.03)
+
+
+@pytest.mark.parametrize("tasks", list(TaskSampling))
+def test_a_task_shows_all_its_examples_before_any_of_them_again(tasks: TaskSampling) -> None:
+    sampler = BatchSampler(_uneven(), 10, seed=0, config=SamplingConfig(tasks))
+    epoch = [row for groups in sampler._epoch(0) for group in groups for row in group]
+    for task, size in ((0, 80), (1, 20)):
+        seen = [row.example.prompt for row in epoch if row.example.task == task]
+        repeats = [seen.count(prompt) for prompt in set(seen)]
+        assert max(repeats) <= -(-len(seen) // size)
+
+
+@pytest.mark.parametrize("tasks", list(TaskSampling))
+def test_rows_of_a_task_stand_side_by_side(tasks: TaskSampling) -> None:
+    for rows in _drawn(SamplingConfig(tasks, rows_per_task=4), 30):
+        assert len(rows) == 8
+        for first in (0, 4):
+            group = rows[first : first + 4]
+            assert len({row >= 180 for row in group}) == 1
+            assert len(set(group)) == 4
+
+
+def test_a_task_with_fewer_rows_than_a_group_repeats_them() -> None:
+    examples = [EncodedExample(0, (100 + i,), ((50,),)) for i in range(3)]
+    sampler = BatchSampler(examples, 8, seed=0, config=SamplingConfig(rows_per_task=4))
+    rows = next(sampler.from_step(0)).tokens[:, 0].tolist()
+    assert len(rows) == 4
+    assert set(rows) == {100, 101, 102}
+
+
+@pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(TaskSampling.UNIFORM, rows_per_task=2)])
+def test_the_same_step_whenever_it_is_reached_under_any_sampling(config: SamplingConfig) -> None:
+    straight = _drawn(config, 40)
+    resumed = BatchSampler(_uneven(), 8, seed=0, config=config).from_step(25)
+    assert [batch.tokens[:, 0].tolist() for batch in islice(resumed, 15)] == straight[25:]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_the_shares_of_all_processes_are_the_whole_step(world_size: int) -> None:
+    config = SamplingConfig(rows_per_task=2)
+    sampler = BatchSampler(_uneven(), 16, seed=0, config=config)
+    whole = [sorted(batch.tokens[:, 0].tolist()) for batch in islice(sampler.from_step(3), 5)]
+    shares = [
+        list(islice(sampler.pieces_from_step(3, 4, Processes(rank, world_size)), 5)) for rank in range(world_size)
+    ]
+    for step, rows in enumerate(whole):
+        pieces = [piece for share in shares for piece in share[step]]
+        assert all(piece.num_sequences in (2, 4) for piece in pieces)
+        assert sorted(row for piece in pieces for row in piece.tokens[:, 0].tolist()) == rows
+
+
+def test_impossible_settings_are_refused() -> None:
+    with pytest.raises(InvalidInput, match="rows_per_task"):
+        SamplingConfig(rows_per_task=0)
+    with pytest.raises(InvalidInput, match="temperature"):
+        SamplingConfig(TaskSampling.TEMPERATURE, temperature=0)

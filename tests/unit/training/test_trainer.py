@@ -9,15 +9,16 @@ from server.adapters.injection import inject
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.errors import InvalidInput
-from server.training.batches import Batch, encode_examples
+from server.training.batches import Batch, EncodedExample, collate, encode_examples
 from server.training.examples import Example
 from server.training.learners import FixedLearner, Learner, RoutedLearner, routing_learner
+from server.training.optimizers import OptimizerName
 from server.training.sampling import BatchSampler
 from server.training.trainer import Trainer, TrainerConfig
 
 
-def _batches(backbone: Backbone, examples: list[Example], number: int, first: int = 0) -> list[Batch]:
-    encoded = [
+def _encoded(backbone: Backbone, examples: list[Example]) -> list[EncodedExample]:
+    return [
         item
         for task in (0, 1)
         for item in encode_examples(
@@ -30,7 +31,10 @@ def _batches(backbone: Backbone, examples: list[Example], number: int, first: in
             place="examples",
         )
     ]
-    return list(islice(BatchSampler(encoded, 4, seed=0).from_step(first), number))
+
+
+def _batches(backbone: Backbone, examples: list[Example], number: int, first: int = 0) -> list[Batch]:
+    return list(islice(BatchSampler(_encoded(backbone, examples), 4, seed=0).from_step(first), number))
 
 
 def _learner(inventory: Inventory) -> RoutedLearner:
@@ -80,7 +84,7 @@ def test_training_learns_and_leaves_the_backbone_alone(
 ) -> None:
     trainer = _trainer(backbone, _learner(inventory), adapter_lr=1e-2)
     before = {name: p.clone() for name, p in backbone.model.named_parameters()}
-    losses = [trainer.step(batch) for batch in _batches(backbone, examples, 20)]
+    losses = [trainer.step(batch).item() for batch in _batches(backbone, examples, 20)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
 
@@ -98,23 +102,39 @@ def test_routing_alone_moves_nothing_else(backbone: Backbone, inventory: Invento
 
 
 @pytest.mark.parametrize("noise", [False, True])
+@pytest.mark.parametrize("optimizer", list(OptimizerName))
 def test_a_resumed_run_is_the_uninterrupted_one(
-    backbone: Backbone, inventory: Inventory, examples: list[Example], noise: bool
+    backbone: Backbone, inventory: Inventory, examples: list[Example], noise: bool, optimizer: OptimizerName
 ) -> None:
-    straight = _trainer(backbone, _learner(inventory), noise=noise)
-    losses = [straight.step(batch) for batch in _batches(backbone, examples, 8)]
+    def start() -> Trainer:
+        return _trainer(backbone, _learner(inventory), noise=noise, optimizer=optimizer)
 
-    first = _trainer(backbone, _learner(inventory), noise=noise)
+    straight = start()
+    losses = [straight.step(batch).item() for batch in _batches(backbone, examples, 8)]
+
+    first = start()
     for batch in _batches(backbone, examples, 5):
         first.step(batch)
     saved = first.to_bytes({"best": 3}, {"kept": torch.ones(2)})
 
-    second = _trainer(backbone, _learner(inventory), noise=noise)
+    second = start()
     notes, kept = second.load_bytes(saved)
-    resumed = [second.step(batch) for batch in _batches(backbone, examples, 3, first=5)]
+    resumed = [second.step(batch).item() for batch in _batches(backbone, examples, 3, first=5)]
     assert resumed == losses[5:]
     assert notes == {"best": 3}
     assert torch.equal(kept["kept"], torch.ones(2))
+
+
+def test_adafactor_learns_and_keeps_less_than_adamw(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    sizes = {}
+    for optimizer in OptimizerName:
+        trainer = _trainer(backbone, _learner(inventory), adapter_lr=1e-2, optimizer=optimizer)
+        losses = [trainer.step(batch).item() for batch in _batches(backbone, examples, 20)]
+        assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+        sizes[optimizer] = len(trainer.to_bytes())
+    assert sizes[OptimizerName.ADAFACTOR] < 0.7 * sizes[OptimizerName.ADAMW]
 
 
 def test_noise_changes_the_steps(backbone: Backbone, inventory: Inventory, examples: list[Example]) -> None:
@@ -123,10 +143,33 @@ def test_noise_changes_the_steps(backbone: Backbone, inventory: Inventory, examp
     assert plain != noisy
 
 
-def test_a_checkpoint_of_other_settings_is_refused(backbone: Backbone, inventory: Inventory) -> None:
+def test_the_batches_of_a_step_draw_other_noise(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    (batch,) = _batches(backbone, examples, 1)
+    once, twice = (_trainer(backbone, _learner(inventory), noise=True).step(*[batch] * n) for n in (1, 2))
+    assert once != twice
+
+
+@pytest.mark.parametrize("optimizer", list(OptimizerName))
+def test_accumulated_batches_step_as_one_batch(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], optimizer: OptimizerName
+) -> None:
+    encoded = _encoded(backbone, [*examples, Example("another", ("a much longer answer",))])
+    whole, pieces = _trainer(backbone, _learner(inventory), optimizer=optimizer), _learner(inventory)
+    parts = _trainer(backbone, pieces, optimizer=optimizer)
+    for first in range(0, 24, 8):
+        rows = encoded[first : first + 8]
+        loss = whole.step(collate(rows))
+        assert parts.step(collate(rows[:5]), collate(rows[5:7]), collate(rows[7:])).item() == pytest.approx(loss.item())
+    for name, value in whole.copy_parameters().items():
+        torch.testing.assert_close(parts.copy_parameters()[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_checkpoint_of_other_settings_is_refused_with_their_names(backbone: Backbone, inventory: Inventory) -> None:
     saved = _trainer(backbone, _learner(inventory)).to_bytes()
-    with pytest.raises(InvalidInput, match="other settings"):
-        _trainer(backbone, _learner(inventory), seed=1).load_bytes(saved)
+    with pytest.raises(InvalidInput, match=r"other settings \(noise was False and is True, seed was 0 and is 1\)"):
+        _trainer(backbone, _learner(inventory), seed=1, noise=True).load_bytes(saved)
 
 
 def test_learning_rates_rise_then_fall_to_zero(
