@@ -65,6 +65,7 @@ class Metrics:
         self._steps = counter("steps", "Engine steps by the way adapters were computed", ("path",))
         self._assembly = histogram("adapter_assembly_seconds", "Making an adapter from the store", _ASSEMBLY, ("kind",))
         self._prefix_tokens = counter("prefix_cache_tokens", "Prompt tokens reused and computed", ("result",))
+        self._prefix_bytes = gauge("prefix_cache_bytes", "Bytes of prompt prefixes kept")
         self._rejections = counter("rejections", "Requests refused", ("reason",))
         self._cancelled = counter("cancelled", "Requests that ended before their answer", ("reason",))
         self._jobs = gauge("adapt_jobs", "Adaptation jobs in the catalog", ("status",))
@@ -100,6 +101,7 @@ class Metrics:
     def step(self, stats: StepStats) -> None:
         """One engine step."""
         self._steps.labels(stats.path).inc()
+        self._prefix_tokens.labels("hit").inc(stats.reused_tokens)
         self._prefix_tokens.labels("miss").inc(stats.prefill_tokens)
         if stats.decode_rows:
             self._batch_size.observe(stats.decode_rows)
@@ -125,10 +127,13 @@ class Metrics:
     def job_finished(self, method: str, seconds: float) -> None:
         self._job_duration.labels(method).observe(seconds)
 
-    def watch_engine(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+    def watch_engine(
+        self, running: Callable[[], int], waiting: Callable[[], int], prefix_bytes: Callable[[], int]
+    ) -> None:
         """Read the engine's own counts at every scrape."""
         self._running.set_function(running)
         self._waiting.set_function(waiting)
+        self._prefix_bytes.set_function(prefix_bytes)
 
     def watch_adapter_cache(self, stats: Callable[[], CacheStats]) -> None:
         """Read the adapter cache's own counts at every scrape."""

@@ -143,11 +143,16 @@ class Runtime:
             max_context=max_context,
             max_queue=settings.max_queue,
             prefill_chunk=settings.prefill_chunk,
+            # A GPU's step hardly grows with prompt tokens.
+            busy_prefill_chunk=EngineConfig.busy_prefill_chunk if settings.device == "cpu" else None,
+            prefix_cache_bytes=settings.prefix_cache_mb * _MIB,
             threads=settings.threads,
         )
         runner = Runner(backbone.model, inject(backbone.model), config)
         engine = EngineService(Engine(runner, config, backbone.eos_token_ids), on_step=self.metrics.step)
-        self.metrics.watch_engine(lambda: engine.num_running, lambda: engine.num_waiting)
+        self.metrics.watch_engine(
+            lambda: engine.num_running, lambda: engine.num_waiting, lambda: engine.prefix_cache_bytes
+        )
         generation = GenerationService(
             catalog,
             engine,

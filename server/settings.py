@@ -67,7 +67,10 @@ class Settings(BaseSettings):
     )
     max_queue: int = Field(default=1024, ge=1, description="Sequences that may wait; more are refused with 503")
     prefill_chunk: int = Field(
-        default=256, ge=1, description="Prompt tokens computed in one step, so that long prompts stall nobody"
+        default=256, ge=1, description="Prompt tokens computed in one step at most; fewer while others decode"
+    )
+    prefix_cache_mb: int = Field(
+        default=512, ge=0, description="Budget of computed prompt prefixes in memory, in MiB; 0 keeps none"
     )
     adapter_cache_mb: int = Field(default=512, ge=0, description="Budget of assembled adapters in memory, in MiB")
     max_inputs: int = Field(default=256, ge=1, description="Inputs in one /generate call")

@@ -60,6 +60,11 @@ class CachedAttention:
             self._batch = None
             self._masks.clear()
 
+    @property
+    def layers(self) -> list[LayerCache]:
+        """The caches of the layers that have run."""
+        return list(self._layers.values())
+
     def clear(self, slot: int, num_tokens: int) -> None:
         """Zero the first tokens of a slot, so that numbers gone wrong cannot reach its next owner."""
         for layer in self._layers.values():

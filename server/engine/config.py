@@ -9,6 +9,18 @@ from server.errors import InvalidInput
 
 Path = Literal["slots", "bare"]
 
+_LEAST = {
+    "max_batch": 1,
+    "max_context": 1,
+    "max_queue": 1,
+    "prefill_chunk": 1,
+    "busy_prefill_chunk": 1,
+    "busy_prefill_per_row": 0,
+    "prefix_cache_bytes": 0,
+    "adapter_slots": 1,
+    "threads": 1,
+}
+
 
 @dataclass(frozen=True)
 class EngineConfig:
@@ -18,15 +30,19 @@ class EngineConfig:
     max_context: int = 2048  # tokens of one sequence, prompt and answer together
     max_queue: int = 1024  # requests waiting
     prefill_chunk: int = 256  # prompt tokens computed in one step, over all sequences
+    # The same while most sequences decode, and how much more per sequence that does; None: the same as prefill_chunk.
+    busy_prefill_chunk: int | None = 32
+    busy_prefill_per_row: int = 2
+    prefix_cache_bytes: int = 512 * 2**20  # for prompt prefixes that were computed before; 0 keeps none
     adapter_slots: int | None = None  # resident adapters; None: one per sequence
     threads: int | None = None  # of the computation on CPU; None: torch's own choice
     packed_head: bool = True  # on CPU in fp32, keep the output head in the processor's own layout too
 
     def __post_init__(self) -> None:
-        for name in ("max_batch", "max_context", "max_queue", "prefill_chunk", "adapter_slots", "threads"):
+        for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InvalidInput(f"{name} is {value}; it must be at least 1", param=name)
+            if value is not None and value < least:
+                raise InvalidInput(f"{name} is {value}; it must be at least {least}", param=name)
         if self.num_adapter_slots < self.max_batch:
             raise InvalidInput(
                 f"adapter_slots = {self.adapter_slots} is less than max_batch = {self.max_batch}: every sequence of "
@@ -45,7 +61,8 @@ class StepStats:
 
     path: Path  # how the adapted linears were computed
     decode_rows: int  # sequences that got one more token computed
-    prefill_tokens: int
+    prefill_tokens: int  # prompt tokens that were computed
+    reused_tokens: int  # prompt tokens of the sequences that began, taken from the prefix cache
     generated_tokens: int
     distinct_tasks: int
     seconds: float

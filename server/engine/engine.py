@@ -24,7 +24,7 @@ class Engine:
 
     def __init__(self, runner: Runner, config: EngineConfig, eos_token_ids: frozenset[int]) -> None:
         self.config = config
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, runner.prefixes.num_blocks)
         self._runner = runner
         self._sampler = Sampler(eos_token_ids)
         self._eos_token_ids = eos_token_ids
@@ -85,7 +85,7 @@ class Engine:
     def step(self) -> tuple[list[Output], StepStats | None]:
         """Compute one step and return what happened since the last one; no stats when there was nothing to compute."""
         started_s = time.monotonic()
-        plan = self._bring_adapters(self.scheduler.schedule())
+        plan = self._begin(self.scheduler.schedule())
         if not plan.sequences:
             return self._take_events(), None
         try:
@@ -111,18 +111,24 @@ class Engine:
             self._finish(sequence, "abort")
         return self._take_events()
 
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of the keys and values that are kept of earlier prompts."""
+        return self.scheduler.prefixes.num_used * self._runner.prefixes.block_bytes
+
     def check_integrity(self) -> None:
         """Assert that all slots are accounted for."""
         self.scheduler.check_integrity()
         self._runner.check_integrity()
 
-    def _bring_adapters(self, plan: StepPlan) -> StepPlan:
-        """Bring the beginning sequences' adapters in; a sequence whose adapter does not fit ends here."""
+    def _begin(self, plan: StepPlan) -> StepPlan:
+        """Bring in the beginning sequences' adapters and prefixes; one whose adapter does not fit ends here."""
         for chunk in plan.prefill:
             if not chunk.begins_prefill:
                 continue
             try:
                 self._runner.bring_adapter(chunk.sequence)
+                self._runner.load_prefix(chunk.sequence)
             except MHRError as error:
                 self._finish(chunk.sequence, "error", error)
         return plan.without_finished()
@@ -141,6 +147,7 @@ class Engine:
             path="bare" if batch.mix is None else "slots",
             decode_rows=len(plan.decode),
             prefill_tokens=plan.num_prefill_tokens,
+            reused_tokens=plan.num_reused_tokens,
             generated_tokens=len(choices),
             distinct_tasks=len({s.request.task for s in plan.sequences}),
             seconds=now_s - started_s,
@@ -155,6 +162,7 @@ class Engine:
         sequence.values_checked = True
         if sequence.first_token_s is None:
             sequence.first_token_s = now_s
+            self._keep_prefix(sequence)
         self._events.append(TokenOutput(request.id, choice.token_id, choice.logprob, choice.top_logprobs))
         if choice.token_id in self._eos_token_ids and not sampling.ignore_eos:
             self._finish(sequence, "stop")
@@ -172,7 +180,20 @@ class Engine:
         sequence.token_logprobs += scores
         if chunk.completes_prefill:
             sequence.values_checked = True
+            self._keep_prefix(sequence)
             self._finish(sequence, "scored")
+
+    def _keep_prefix(self, sequence: Sequence) -> None:
+        """Keep a computed prompt, whose logits were finite, for those that begin alike."""
+        prefixes, key, prompt = self.scheduler.prefixes, sequence.prefix_key, sequence.request.prompt_token_ids
+        new = prefixes.insert(key, prompt)
+        if not new.blocks:
+            return
+        try:
+            self._runner.save_prefix(sequence, new)
+        except BaseException:
+            prefixes.discard(key, prompt, new)
+            raise
 
     def _finish(self, sequence: Sequence, reason: FinishReason, error: MHRError | None = None) -> None:
         self._runner.release(sequence)

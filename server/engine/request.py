@@ -8,6 +8,7 @@ import random
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from server.engine.prefix_cache import PrefixHit
 from server.errors import InvalidInput, MHRError
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class Sequence:
     status: Status = Status.WAITING
     token_ids: list[int] = field(default_factory=list)  # prompt, then the generated or the scored tokens
     num_computed_tokens: int = 0
+    prefix: PrefixHit = field(default_factory=PrefixHit)  # what it began with instead of computing it
     kv_slot: int | None = None
     adapter_slot: int | None = None
     values_checked: bool = False  # the logits of its last computed token were finite, so its cached values are
@@ -180,6 +182,11 @@ class Sequence:
     @property
     def scoring(self) -> bool:
         return self.request.score_token_ids is not None
+
+    @property
+    def prefix_key(self) -> str | None:
+        """Sequences with the same one may share a prefix."""
+        return None if self.request.adapter is None else self.request.adapter.key
 
     @property
     def num_prompt_tokens(self) -> int:

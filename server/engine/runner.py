@@ -13,6 +13,8 @@ from server.engine.attention import CachedAttention, switch_to_cache
 from server.engine.batch import Batch, build_batch
 from server.engine.config import EngineConfig
 from server.engine.packed_head import pack_head
+from server.engine.prefix_blocks import PrefixBlocks
+from server.engine.prefix_cache import NewBlocks
 from server.engine.request import EngineRequest, Sequence, Status
 from server.engine.scheduler import PrefillChunk, StepPlan
 from server.engine.servable import check_config
@@ -44,6 +46,7 @@ class Runner:
         self.vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         self._slots = self._make_slots()
         self._probe()
+        self.prefixes = PrefixBlocks(self._attention.layers, config.prefix_cache_bytes)
 
     def bring_adapter(self, sequence: Sequence) -> None:
         """Bring the sequence's adapter into a slot. Raises AdapterUnavailable when it does not fit the model."""
@@ -51,6 +54,19 @@ class Runner:
         if handle is not None:
             with torch.inference_mode():
                 sequence.adapter_slot = self._slots.acquire(handle.key, handle.adapter)
+
+    @torch.inference_mode()
+    def load_prefix(self, sequence: Sequence) -> None:
+        """Copy the kept prefix that a sequence begins with to its cache slot."""
+        if sequence.prefix.num_tokens:
+            assert sequence.kv_slot is not None
+            self.prefixes.load(sequence.kv_slot, sequence.prefix)
+
+    @torch.inference_mode()
+    def save_prefix(self, sequence: Sequence, new: NewBlocks) -> None:
+        """Fill new blocks from a sequence's cache slot."""
+        assert sequence.kv_slot is not None
+        self.prefixes.save(sequence.kv_slot, new)
 
     def release(self, sequence: Sequence) -> None:
         """Give up what the sequence holds here; call it before its cache slot is freed."""

@@ -1,4 +1,5 @@
-"""Which tokens the next step computes: continuous batching, fair between tasks, prompts in chunks. No torch here."""
+"""Which tokens the next step computes: continuous batching, fair between tasks, prompts in chunks and without the
+prefixes that are kept. No torch here."""
 
 from __future__ import annotations
 
@@ -9,8 +10,12 @@ from dataclasses import dataclass
 
 from server.engine.config import EngineConfig
 from server.engine.kv_cache import SlotPool
+from server.engine.prefix_cache import BLOCK_TOKENS, PrefixCache, shared_length
 from server.engine.request import Sequence, Status
 from server.errors import Unavailable
+
+# A sequence waits for another's prefix while what is left of the other is at most so many times what it would save.
+_PATIENCE = 2
 
 
 class QueueFull(Unavailable):
@@ -34,7 +39,7 @@ class PrefillChunk:
 
     @property
     def begins_prefill(self) -> bool:
-        return self.start == 0
+        return self.start == self.sequence.prefix.num_tokens
 
     @property
     def completes_prefill(self) -> bool:
@@ -67,6 +72,10 @@ class StepPlan:
     def num_prefill_tokens(self) -> int:
         return sum(chunk.stop - chunk.start for chunk in self.prefill)
 
+    @property
+    def num_reused_tokens(self) -> int:
+        return sum(chunk.start for chunk in self.prefill if chunk.begins_prefill)
+
     def without_finished(self) -> StepPlan:
         """The plan without sequences that finished since it was made."""
         alive = [s for s in self.sequences if s.status is not Status.FINISHED]
@@ -82,16 +91,18 @@ class Scheduler:
     """Owns every sequence from arrival to finish.
 
     Tasks take turns in leaving the queue, so that one busy task cannot starve the others. Every running sequence
-    decodes in every step; prompts share a budget of `prefill_chunk` tokens a step.
+    decodes in every step; prompts share a budget of tokens a step, small while most sequences decode. A prompt begins
+    behind what the prefix cache holds of it, and waits for another one that is about to fill that in.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
+    def __init__(self, config: EngineConfig, num_prefix_blocks: int = 0) -> None:
         self._config = config
         self._waiting: dict[str, deque[Sequence]] = {}  # by task; the order of the keys is the tasks' turn
         self._num_waiting = 0
         self._active: dict[str, Sequence] = {}  # prefilling and running, by request id, in order of admission
         self._open: dict[str, Sequence] = {}  # all of them, by request id
         self.kv_slots = SlotPool(config.max_batch)
+        self.prefixes = PrefixCache(num_prefix_blocks)
 
     @property
     def num_waiting(self) -> int:
@@ -120,11 +131,10 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Admit what fits and choose the tokens of the next step."""
         self._admit()
-        active = self._active.values()
-        return StepPlan(
-            decode=tuple(s for s in active if s.status is Status.RUNNING),
-            prefill=tuple(self._share_budget([s for s in active if s.status is Status.PREFILLING])),
-        )
+        decode = tuple(s for s in self._active.values() if s.status is Status.RUNNING)
+        prefilling = [s for s in self._active.values() if s.status is Status.PREFILLING]
+        budget = self._prefill_budget(len(decode), len(prefilling))
+        return StepPlan(decode, tuple(self._share_budget(self._ready(prefilling), budget)))
 
     def advance(self, plan: StepPlan) -> None:
         """Count the plan's tokens as computed."""
@@ -160,6 +170,7 @@ class Scheduler:
     def check_integrity(self) -> None:
         """Assert that slots, statuses and counts agree with each other."""
         self.kv_slots.check_integrity()
+        self.prefixes.check_integrity()
         slots = [s.kv_slot for s in self._active.values()]
         assert len(set(slots)) == len(slots) == self.kv_slots.num_used, "active sequences and used slots differ"
         assert all(s.status in (Status.PREFILLING, Status.RUNNING) for s in self._active.values())
@@ -185,14 +196,44 @@ class Scheduler:
         self._num_waiting -= 1
         return sequence
 
-    def _share_budget(self, prefilling: list[Sequence]) -> Iterable[PrefillChunk]:
+    def _prefill_budget(self, num_decode: int, num_prefilling: int) -> int:
+        """Prompt tokens of the next step. A step takes longer with every one, and all who decode wait for it; so they
+        are few, unless more wait for their first token than for their next."""
+        config = self._config
+        if config.busy_prefill_chunk is None or num_prefilling > num_decode:
+            return config.prefill_chunk
+        return min(config.prefill_chunk, config.busy_prefill_chunk + num_decode * config.busy_prefill_per_row)
+
+    def _ready(self, prefilling: list[Sequence]) -> list[Sequence]:
+        """The sequences that should compute now; those that have not begun know then what they need not compute."""
+        ready: list[Sequence] = []
+        for sequence in prefilling:
+            if not _has_begun(sequence):
+                # The last prompt token is always computed: its logits choose the first new token.
+                sequence.prefix = self.prefixes.match(
+                    sequence.prefix_key, sequence.request.prompt_token_ids, sequence.num_prompt_tokens - 1
+                )
+                sequence.num_computed_tokens = sequence.prefix.num_tokens
+                if any(self._should_await(sequence, other) for other in ready):
+                    continue
+            ready.append(sequence)
+        return ready
+
+    def _should_await(self, sequence: Sequence, other: Sequence) -> bool:
+        """Whether `other` computes now what `sequence` would, and will be done before that has taken too long."""
+        if sequence.prefix_key != other.prefix_key:
+            return False
+        shared = shared_length(sequence.request.prompt_token_ids, other.request.prompt_token_ids)
+        gain = shared - sequence.prefix.num_tokens
+        return gain >= BLOCK_TOKENS and _left(other) <= _PATIENCE * gain and self.prefixes.can_keep(shared)
+
+    def _share_budget(self, prefilling: list[Sequence], budget: int) -> Iterable[PrefillChunk]:
         """Half of the budget belongs to the oldest, the rest goes to whoever has least left to compute.
 
         So short prompts pass a long one, and the long one still moves on in every step.
         """
         if not prefilling:
             return
-        budget = self._config.prefill_chunk
         oldest, *others = prefilling
         grants = {oldest.request.id: min(_left(oldest), max(1, budget // 2))}
         budget -= grants[oldest.request.id]
@@ -203,7 +244,13 @@ class Scheduler:
         for sequence in prefilling:
             if grant := grants[sequence.request.id]:
                 start = sequence.num_computed_tokens
+                if start and not _has_begun(sequence):
+                    self.prefixes.use(sequence.prefix_key, sequence.token_ids, sequence.prefix)
                 yield PrefillChunk(sequence, start, start + grant)
+
+
+def _has_begun(sequence: Sequence) -> bool:
+    return sequence.num_computed_tokens > sequence.prefix.num_tokens
 
 
 def _left(sequence: Sequence) -> int:

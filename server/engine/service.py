@@ -137,6 +137,11 @@ class EngineService:
         """Requests that wait for a place in the batch."""
         return len(self._arrivals) + self._engine.scheduler.num_waiting
 
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes kept of earlier prompts."""
+        return self._engine.prefix_cache_bytes
+
     async def drain(self, timeout_s: float | None = None) -> bool:
         """Refuse new requests and wait for the open ones; False when some were left after `timeout_s`."""
         self._draining = True

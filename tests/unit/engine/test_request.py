@@ -39,11 +39,16 @@ def test_an_empty_prompt_and_empty_scores_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", ["max_batch", "max_context", "max_queue", "prefill_chunk", "adapter_slots", "threads"]
+    ("field", "value"),
+    [
+        *((name, 0) for name in ("max_batch", "max_context", "max_queue", "adapter_slots", "threads")),
+        *((name, 0) for name in ("prefill_chunk", "busy_prefill_chunk")),
+        *((name, -1) for name in ("busy_prefill_per_row", "prefix_cache_bytes")),
+    ],
 )
-def test_an_impossible_engine_setting_is_refused_by_name(field: str) -> None:
-    with pytest.raises(InvalidInput, match=field):
-        EngineConfig(**{field: 0})
+def test_an_impossible_engine_setting_is_refused_by_name(field: str, value: int) -> None:
+    with pytest.raises(InvalidInput, match=f"{field} is {value}"):
+        EngineConfig(**{field: value})
 
 
 def test_fewer_adapter_slots_than_sequences_are_refused() -> None:

@@ -97,6 +97,38 @@ def test_short_prompts_pass_a_long_one_that_still_moves_on() -> None:
     assert [(c.start, c.stop) for c in plan.prefill] == [(8, 24)]
 
 
+def running(scheduler: Scheduler, count: int) -> None:
+    """Bring so many sequences to decoding."""
+    for number in range(count):
+        scheduler.add(make("running", number, prompt=1))
+        advance(scheduler, scheduler.schedule())
+
+
+def test_prompts_compute_little_at_once_beside_sequences_that_decode() -> None:
+    scheduler = Scheduler(EngineConfig(max_batch=16, max_context=2048, prefill_chunk=256))
+    running(scheduler, 8)
+    scheduler.add(make("long", 0, prompt=1500))
+    plan = scheduler.schedule()
+    assert (len(plan.decode), plan.num_prefill_tokens) == (8, 32 + 2 * 8)
+
+
+def test_prompts_compute_all_they_may_while_they_are_the_majority() -> None:
+    scheduler = Scheduler(EngineConfig(max_batch=16, max_context=2048, prefill_chunk=256))
+    running(scheduler, 3)
+    for number in range(3):
+        scheduler.add(make("long", number, prompt=1500))
+    assert scheduler.schedule().num_prefill_tokens == 32 + 2 * 3
+    scheduler.add(make("long", 3, prompt=1500))
+    assert scheduler.schedule().num_prefill_tokens == 256
+
+
+def test_where_prompts_cost_decoding_little_they_always_compute_all_they_may() -> None:
+    scheduler = Scheduler(EngineConfig(max_batch=16, max_context=2048, prefill_chunk=256, busy_prefill_chunk=None))
+    running(scheduler, 3)
+    scheduler.add(make("long", 0, prompt=1500))
+    assert scheduler.schedule().num_prefill_tokens == 256
+
+
 def test_a_budget_of_one_token_still_computes_everything() -> None:
     scheduler = Scheduler(EngineConfig(max_batch=2, max_context=64, prefill_chunk=1))
     sequences = [make("t", n, prompt=3) for n in range(2)]

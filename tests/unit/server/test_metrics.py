@@ -25,6 +25,7 @@ DESIGNED = {
     "mhr_adapter_evictions_total",
     "mhr_adapter_assembly_seconds",
     "mhr_prefix_cache_tokens_total",
+    "mhr_prefix_cache_bytes",
     "mhr_rejections_total",
     "mhr_cancelled_total",
     "mhr_adapt_jobs",
@@ -43,9 +44,10 @@ def test_the_names_are_the_designed_ones() -> None:
 
 def test_the_engines_counts_are_read_at_every_scrape() -> None:
     metrics = Metrics()
-    counts = {"running": 4, "waiting": 5}
-    metrics.watch_engine(lambda: counts["running"], lambda: counts["waiting"])
-    assert {"mhr_requests_running 4.0", "mhr_requests_waiting 5.0"} <= set(metrics.render().decode().splitlines())
+    counts = {"running": 4, "waiting": 5, "prefix_bytes": 6}
+    metrics.watch_engine(lambda: counts["running"], lambda: counts["waiting"], lambda: counts["prefix_bytes"])
+    lines = metrics.render().decode().splitlines()
+    assert {"mhr_requests_running 4.0", "mhr_requests_waiting 5.0", "mhr_prefix_cache_bytes 6.0"} <= set(lines)
     counts["running"] = 0
     assert "mhr_requests_running 0.0" in metrics.render().decode().splitlines()
 
@@ -57,6 +59,7 @@ def test_a_step_moves_its_metrics() -> None:
             path="slots",
             decode_rows=3,
             prefill_tokens=20,
+            reused_tokens=30,
             generated_tokens=4,
             distinct_tasks=2,
             seconds=0.1,
@@ -68,6 +71,7 @@ def test_a_step_moves_its_metrics() -> None:
         "mhr_batch_size_sum 3.0",
         "mhr_batch_distinct_tasks_sum 2.0",
         'mhr_prefix_cache_tokens_total{result="miss"} 20.0',
+        'mhr_prefix_cache_tokens_total{result="hit"} 30.0',
     ):
         assert line in lines
 
