@@ -19,12 +19,19 @@ from pathlib import Path
 from tempfile import gettempdir
 
 import torch
-from common import Timing, conditions, peft_poly, print_json, print_table, random_inventory, time_in_turns
+from common import (
+    Timing,
+    adapters_of,
+    conditions,
+    peft_poly,
+    print_json,
+    print_table,
+    random_inventory,
+    time_in_turns,
+)
 from transformers import PreTrainedModel
 
-from server.adapters.assembly import assemble
 from server.adapters.injection import inject
-from server.adapters.inventory import Inventory
 from server.backbone import BUNDLED_BACKBONE, load_backbone
 from server.engine.config import EngineConfig
 from server.engine.engine import Engine
@@ -123,10 +130,6 @@ def make_engine(model: PreTrainedModel, options: argparse.Namespace) -> Engine:
     context = options.prompt_tokens + options.new_tokens
     config = EngineConfig(max_batch=options.tasks, max_context=context)
     return Engine(Runner(model, inject(model), config), config, frozenset())
-
-
-def adapters_of(inventory: Inventory) -> list[AdapterHandle]:
-    return [AdapterHandle(task, assemble(inventory, logits)) for task, logits in inventory.routings.items()]
 
 
 @dataclass

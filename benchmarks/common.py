@@ -19,9 +19,11 @@ import torch
 from peft import PeftModel, PolyConfig, get_peft_model
 from transformers import PreTrainedModel
 
+from server.adapters.assembly import assemble
 from server.adapters.injection import linear_sizes
 from server.adapters.inventory import Inventory, check_heads
 from server.backbone import Backbone
+from server.engine.request import AdapterHandle
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -92,6 +94,11 @@ def random_inventory(backbone: Backbone, *, tasks: int, skills: int, heads: int,
         prompt_format="",
         routings={f"task-{n}": 3 * torch.randn(len(sizes), heads, skills, generator=random) for n in range(tasks)},
     )
+
+
+def adapters_of(inventory: Inventory) -> list[AdapterHandle]:
+    """Every routing's assembled adapter."""
+    return [AdapterHandle(task, assemble(inventory, logits)) for task, logits in inventory.routings.items()]
 
 
 def peft_poly(model: PreTrainedModel, inventory: Inventory) -> PeftModel:

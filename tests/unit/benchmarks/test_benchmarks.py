@@ -53,6 +53,21 @@ def test_engine_offline_compares_the_same_tokens(
     assert {"date", "commit", "cores", "threads", "torch"} <= set(document["conditions"])
 
 
+def test_prefix_counts_what_is_computed_again(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    sizes = ["--instruction-tokens=20", "--input-tokens=16", "--long-tokens=40", "--new-tokens=4", "--streams=2"]
+    common = [option for option in SMALL if not option.startswith("--warmup")]
+    document = run("bench_prefix.py", f"--backbone={tiny_model}", f"--cache-dir={tmp_path}", *common, *sizes)
+    assert document["benchmark"] == "prefix"
+    default, plain = (document["results"][name] for name in ("default", "plain"))
+    assert default["rounds"] == [3 * 20, 0, 0]
+    assert default["computed_again"] == [0, 0]
+    assert plain["computed_again"] == [1, 1]
+    for scenario in ("first_token", "long_prompt", "burst"):
+        assert default[scenario].keys() == plain[scenario].keys()
+
+
 def test_training_step_times_both_trainers(
     run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
