@@ -147,6 +147,7 @@ class Runtime:
             busy_prefill_chunk=EngineConfig.busy_prefill_chunk if settings.device == "cpu" else None,
             prefix_cache_bytes=settings.prefix_cache_mb * _MIB,
             threads=settings.threads,
+            quantization=settings.quantization,
         )
         runner = Runner(backbone.model, inject(backbone.model), config)
         engine = EngineService(Engine(runner, config, backbone.eos_token_ids), on_step=self.metrics.step)

@@ -17,14 +17,15 @@ def linear_sizes(
 ) -> dict[str, tuple[int, int]]:
     """{name: (d_in, d_out)} of the model's adaptable linears: all but its output embedding, wrapped or not."""
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    bases = {m.base for m in model.modules() if isinstance(m, AdaptedLinear)}
     sizes: dict[str, tuple[int, int]] = {}
     for name, module in model.named_modules():
-        if module is head or isinstance(module, AdaptedLinear):
+        if isinstance(module, AdaptedLinear):
+            module = module.base
+        elif not isinstance(module, nn.Linear | Conv1D) or module is head or module in bases:
             continue
-        if isinstance(module, nn.Linear | Conv1D):
-            name = name.removesuffix(".base")
-            if wanted(name):
-                sizes[name] = _sizes(module)
+        if wanted(name):
+            sizes[name] = _sizes(module)
     return sizes
 
 
@@ -56,7 +57,11 @@ def check_sizes(sizes: Mapping[str, tuple[int, int]], needed: Mapping[str, tuple
             raise InvalidInput(f"the linear {name!r} has sizes {sizes[name]} in the backbone, {size} in the adapter")
 
 
-def _sizes(module: nn.Linear | Conv1D) -> tuple[int, int]:
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
-    return module.nx, module.nf
+def _sizes(module: nn.Module) -> tuple[int, int]:
+    """Of a linear of torch or one with the same attributes, or of a Conv1D."""
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    d_in, d_out = module.in_features, module.out_features
+    assert isinstance(d_in, int)
+    assert isinstance(d_out, int)
+    return d_in, d_out

@@ -8,6 +8,7 @@ from typing import Literal
 from server.errors import InvalidInput
 
 Path = Literal["slots", "bare"]
+Quantization = Literal["none", "int8"]
 
 _LEAST = {
     "max_batch": 1,
@@ -36,7 +37,8 @@ class EngineConfig:
     prefix_cache_bytes: int = 512 * 2**20  # for prompt prefixes that were computed before; 0 keeps none
     adapter_slots: int | None = None  # resident adapters; None: one per sequence
     threads: int | None = None  # of the computation on CPU; None: torch's own choice
-    packed_head: bool = True  # on CPU in fp32, keep the output head in the processor's own layout too
+    quantization: Quantization = "none"  # of the model's linears and its head, on CPU
+    packed_head: bool = True  # on CPU in fp32, not quantised: keep the head in the processor's own layout too
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():

@@ -12,6 +12,7 @@ from server.adapters.slots import AdapterSlots, InputGroupFinder
 from server.engine.attention import CachedAttention, switch_to_cache
 from server.engine.batch import Batch, build_batch
 from server.engine.config import EngineConfig
+from server.engine.int8_linear import quantise_model
 from server.engine.packed_head import pack_head
 from server.engine.prefix_blocks import PrefixBlocks
 from server.engine.prefix_cache import NewBlocks
@@ -21,8 +22,8 @@ from server.engine.servable import check_config
 from server.errors import InvalidInput
 
 _PROBE_LENGTH = 8
-_PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # of the largest logit; other types below
-_PROBE_TOLERANCE_16_BIT = 5e-2
+_PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # of the largest logit; fewer bits below
+_COARSE_PROBE_TOLERANCE = 5e-2
 
 
 class Runner:
@@ -35,8 +36,6 @@ class Runner:
     def __init__(self, model: PreTrainedModel, context: AdapterContext, config: EngineConfig) -> None:
         check_config(model.config, config.max_context)
         model.train(False)
-        if config.packed_head:
-            pack_head(model)
         self._model = model
         self._context = context
         self._config = config
@@ -44,7 +43,12 @@ class Runner:
         self._attention = CachedAttention(config.max_batch, config.max_context)
         self._switch = switch_to_cache(model, self._attention)
         self.vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
-        self._slots = self._make_slots()
+        groups = self._find_input_groups()
+        self._slots = self._make_slots(groups)
+        if config.quantization == "int8":
+            quantise_model(model, groups)
+        elif config.packed_head:
+            pack_head(model)
         self._probe()
         self.prefixes = PrefixBlocks(self._attention.layers, config.prefix_cache_bytes)
 
@@ -100,16 +104,20 @@ class Runner:
         self._slots.check_integrity()
 
     @torch.inference_mode()
-    def _make_slots(self) -> AdapterSlots:
+    def _find_input_groups(self) -> list[list[str]]:
         finder = InputGroupFinder()
         with self._context.use(finder):
             self._model(input_ids=self._probe_tokens()[:, :1], use_cache=False)
+        return finder.groups
+
+    @torch.inference_mode()
+    def _make_slots(self, groups: list[list[str]]) -> AdapterSlots:
         return AdapterSlots(
             linear_sizes(self._model),
             self._config.num_adapter_slots,
             dtype=self._model.dtype,
             device=self._device,
-            input_groups=finder.groups,
+            input_groups=groups,
         )
 
     def _probe_tokens(self) -> Tensor:
@@ -130,7 +138,9 @@ class Runner:
         sequence.num_computed_tokens, sequence.status = length - 1, Status.RUNNING
         actual = self.run(self.prepare(StepPlan((sequence,), ())))[0]
         self._attention.clear(0, length)
-        tolerance = _PROBE_TOLERANCE.get(self._model.dtype, _PROBE_TOLERANCE_16_BIT)
+        tolerance = _PROBE_TOLERANCE.get(self._model.dtype, _COARSE_PROBE_TOLERANCE)
+        if self._config.quantization == "int8":  # where rounding differs, a number may become the next whole one
+            tolerance = _COARSE_PROBE_TOLERANCE
         difference = (actual - expected).abs().max().item()
         if not difference <= tolerance * max(1.0, expected.abs().max().item()):
             raise InvalidInput(

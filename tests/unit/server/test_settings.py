@@ -45,7 +45,7 @@ def test_names_that_are_not_the_servers_are_left_alone(monkeypatch: pytest.Monke
         ("MHR_PORT", "eighty", ["MHR_PORT = 'eighty' is impossible", "integer"]),
         ("MHR_PORT", "70000", ["MHR_PORT = '70000'", "65535"]),
         ("MHR_MAX_BATCH", "0", ["MHR_MAX_BATCH", "greater than or equal to 1"]),
-        ("MHR_QUANTIZATION", "int8", ["MHR_QUANTIZATION", "leave it at none"]),
+        ("MHR_QUANTIZATION", "int4", ["MHR_QUANTIZATION", "'none' or 'int8'"]),
         ("MHR_DTYPE", "fp8", ["MHR_DTYPE", "'float32', 'bfloat16' or 'float16'"]),
         ("MHR_DEVICE", "gpu", ["MHR_DEVICE", "cpu, cuda or cuda:<number>"]),
         ("MHR_DATABASE_URL", "mysql://u:secret@h/d", ["MHR_DATABASE_URL is impossible", "sqlite or postgresql"]),
@@ -62,6 +62,14 @@ def test_what_cannot_be_stops_the_start_with_a_sentence(
     for word in words:
         assert word in caught.value.message
     assert "secret" not in caught.value.message
+
+
+def test_int8_on_a_gpu_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MHR_QUANTIZATION", "int8")
+    assert load_settings().quantization == "int8"
+    monkeypatch.setenv("MHR_DEVICE", "cuda:1")
+    with pytest.raises(InvalidInput, match="MHR_QUANTIZATION = 'int8' is impossible: int8 is computed on the CPU only"):
+        load_settings()
 
 
 @pytest.mark.parametrize(

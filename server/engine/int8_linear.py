@@ -1,0 +1,186 @@
+"""Linears with 8-bit weights on CPU: one scale per output channel, and activations quantised row by row as they come.
+
+A row's scale depends on that row alone, and the sums are sums of integers, so that a row's product is the same
+whatever else is in the batch. docs/decisions/0009-int8.md has the reasons and the figures.
+
+Letters: N rows, d_in and d_out of one linear, D the sum of d_out over linears that read the same input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from server.adapters.adapted_linear import AdaptedLinear
+from server.errors import InvalidInput
+
+_LARGEST = 127
+_OFFSET = 128  # of activations, which the operator takes without a sign
+_BLOCK = 4096  # rows of a weight quantised at once, which bounds the memory that it takes
+_SMALLEST = 1e-30  # stands for the scale of a row of zeros
+
+
+@dataclass(frozen=True)
+class Int8Weight:
+    """A weight as `values * scales[:, None]`."""
+
+    values: Tensor  # (d_out, d_in) int8, -127 … 127
+    scales: Tensor  # (d_out,) fp32
+
+
+def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows (N, d) -> whole numbers -127 … 127 (N, d) in int8 and their scales (N, 1) in fp32; the largest becomes 127.
+
+    A row that is not finite gets a scale that is not finite.
+    """
+    rows = rows.float()
+    scales = rows.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST).mul_(1 / _LARGEST)
+    return torch.mul(rows, scales.reciprocal()).round_().to(torch.int8), scales
+
+
+def quantise_weights(weights: Iterable[Tensor]) -> Int8Weight:
+    """Weights (d_out, d_in) of one d_in as one, below each other, with a scale for each output channel."""
+    blocks = [quantise(block) for weight in weights for block in torch.split(weight.detach(), _BLOCK)]
+    return Int8Weight(torch.cat([values for values, _ in blocks]), torch.cat([scales[:, 0] for _, scales in blocks]))
+
+
+def plain_product(x: Tensor, weight: Int8Weight) -> Tensor:
+    """x (N, d_in) -> (N, d_out) in fp32, step by step in plain torch: what the 8-bit linears compute."""
+    values, scales = quantise(x)
+    sums = values.double() @ weight.values.double().T  # whole numbers, exact in this type
+    return sums.float() * weight.scales * scales
+
+
+class Int8Product:
+    """The same product by oneDNN, with the weight packed once in the processor's own layout."""
+
+    def __init__(self, weight: Int8Weight) -> None:
+        self._packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.values, None)
+        self._scales = weight.scales
+        self._zero_points = torch.zeros(len(weight.scales), dtype=torch.int32)
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (N, d_in) -> the product (N, d_out) before it is multiplied by the rows' scales, and these (N, 1)."""
+        values, scales = quantise(x)
+        product: Tensor = torch.ops.onednn.qlinear_pointwise(
+            values.view(torch.uint8).bitwise_xor_(_OFFSET),  # adds the offset
+            1.0,
+            _OFFSET,
+            self._packed,
+            self._scales,
+            self._zero_points,
+            None,
+            1.0,
+            0,
+            torch.float32,
+            "none",
+            [],
+            "",
+        )
+        return product, scales
+
+
+class _SharedInput:
+    """One product for linears that the model calls one after another on the same input tensor.
+
+    The first call computes it, the others take their columns; it is forgotten when all were taken.
+    """
+
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.d_in = weights[0].shape[1]
+        self.sizes = [len(w) for w in weights]
+        self._product = Int8Product(quantise_weights(weights))
+        self._x: Tensor | None = None
+        self._scales: Tensor | None = None
+        self._left: dict[int, Tensor] = {}  # place -> unscaled columns (N, d_out) that were not taken yet
+
+    def columns(self, place: int, x: Tensor) -> Tensor:
+        """x (..., d_in) -> the part (..., d_out) of the linear at `place`, in a tensor of its own, without its bias."""
+        if self._x is not x or place not in self._left:
+            product, self._scales = self._product(x.reshape(-1, x.shape[-1]))
+            self._x, self._left = x, dict(enumerate(torch.split(product, self.sizes, dim=-1)))
+        assert self._scales is not None
+        y = torch.mul(self._left.pop(place), self._scales)
+        if not self._left:
+            self._x = self._scales = None
+        return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+
+
+class Int8Linear(nn.Module):
+    """Takes the place of a frozen linear, without gradients."""
+
+    def __init__(self, shared: _SharedInput, place: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._shared = shared
+        self._place = place
+        self.in_features = shared.d_in
+        self.out_features = shared.sizes[place]
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+        # Some models ask a linear's weight for its type.
+        self.register_buffer("weight", torch.empty(0, dtype=dtype), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., d_in) -> (..., d_out)."""
+        y = self._shared.columns(self._place, x)
+        return y if self.bias is None else y.add_(self.bias)
+
+
+def int8_linears(linears: Sequence[nn.Linear | Conv1D]) -> list[Int8Linear]:
+    """8-bit linears that compute one product together; the given ones read the same input."""
+    shared = _SharedInput([_weight(linear) for linear in linears])
+    return [Int8Linear(shared, place, linear.bias, linear.weight.dtype) for place, linear in enumerate(linears)]
+
+
+def quantise_model(model: PreTrainedModel, input_groups: Iterable[Sequence[str]]) -> None:
+    """Put 8-bit linears in the place of an injected model's linears, group by group, and of its output head.
+
+    The full weights are let go, except those that the input embedding shares. Raises InvalidInput where 8-bit
+    products cannot be computed exactly.
+    """
+    check_int8_works(model.device)
+    for group in input_groups:
+        adapted = [_adapted(model, name) for name in group]
+        for linear, base in zip(adapted, int8_linears([_plain(a.base) for a in adapted]), strict=True):
+            linear.base = base
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
+    if type(head) is nn.Linear:
+        model.set_output_embeddings(int8_linears([head])[0])  # type: ignore[no-untyped-call]
+    # Weights loaded from a file may be parts of one mapping of it, which goes when none of them is left.
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
+def check_int8_works(device: torch.device) -> None:
+    """Raise InvalidInput, with the remedy, where 8-bit products are missing or not exact."""
+    remedy = "set MHR_QUANTIZATION=none"
+    if device.type != "cpu":
+        raise InvalidInput(f"int8 is computed on the CPU only, the device is {device}; {remedy}", param="quantization")
+    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        raise InvalidInput(f"this build of torch has no 8-bit products (oneDNN); {remedy}", param="quantization")
+    # The largest numbers that occur: processors without 8-bit instructions for them saturate on the way.
+    weight = Int8Weight(torch.full((64, 64), _LARGEST, dtype=torch.int8), torch.ones(64))
+    x = torch.ones(3, 64)
+    product, scales = Int8Product(weight)(x)
+    if not torch.equal(product * scales, plain_product(x, weight)):
+        raise InvalidInput(f"this processor computes 8-bit products inexactly; {remedy}", param="quantization")
+
+
+def _adapted(model: PreTrainedModel, name: str) -> AdaptedLinear:
+    module = model.get_submodule(name)
+    assert isinstance(module, AdaptedLinear), f"{name} was not injected"
+    return module
+
+
+def _plain(base: nn.Module) -> nn.Linear | Conv1D:
+    assert isinstance(base, nn.Linear | Conv1D), f"the model was quantised before: it has a {type(base).__name__}"
+    return base
+
+
+def _weight(linear: nn.Linear | Conv1D) -> Tensor:
+    """(d_out, d_in)."""
+    return linear.weight if isinstance(linear, nn.Linear) else linear.weight.T

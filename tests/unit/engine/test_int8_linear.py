@@ -1,0 +1,200 @@
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from server.adapters.assembly import Adapter
+from server.adapters.injection import inject, linear_sizes
+from server.engine.config import EngineConfig
+from server.engine.int8_linear import (
+    Int8Linear,
+    Int8Product,
+    Int8Weight,
+    check_int8_works,
+    int8_linears,
+    plain_product,
+    quantise,
+    quantise_weights,
+)
+from server.engine.runner import Runner
+from server.errors import InvalidInput
+from tests.unit.engine.driver import CONTEXT, Driver, make_model, random_prompt, reference_tokens
+
+INT8 = EngineConfig(max_batch=8, max_context=CONTEXT, prefill_chunk=16, quantization="int8")
+
+
+class PlainInt8(nn.Module):
+    """The same arithmetic step by step in plain torch, with an adapter in floating point beside it."""
+
+    def __init__(self, linear: nn.Module, adapter: Adapter | None, name: str) -> None:
+        super().__init__()
+        weight = linear.weight.detach()
+        self.quantised = quantise_weights([weight.T if isinstance(linear, Conv1D) else weight])
+        self.bias = linear.bias
+        self.low_rank = None if adapter is None else adapter.weights.get(name)
+        self.scaling = 0.0 if adapter is None else adapter.scaling
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = plain_product(x.reshape(-1, x.shape[-1]), self.quantised).view(*x.shape[:-1], -1)
+        if self.low_rank is not None:
+            y = y + self.scaling * (x @ self.low_rank.A) @ self.low_rank.B
+        return y if self.bias is None else y + self.bias
+
+
+def plain_int8(model: PreTrainedModel, adapter: Adapter | None = None) -> PreTrainedModel:
+    """A copy of a model with plain 8-bit linears, head included: the independent truth."""
+    plain = copy.deepcopy(model)
+    for name in linear_sizes(plain):
+        parent, _, child = name.rpartition(".")
+        owner = plain.get_submodule(parent)
+        setattr(owner, child, PlainInt8(getattr(owner, child), adapter, name))
+    plain.set_output_embeddings(PlainInt8(plain.get_output_embeddings(), None, ""))
+    return plain
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    rows=st.integers(1, 40), d_in=st.integers(1, 130), d_out=st.integers(1, 130), size=st.sampled_from([1e-6, 1.0, 1e4])
+)
+def test_the_product_is_the_plain_one(rows: int, d_in: int, d_out: int, size: float) -> None:
+    torch.manual_seed(rows + d_in)
+    x, weight = size * torch.randn(rows, d_in), quantise_weights([torch.randn(d_out, d_in)])
+    product, scales = Int8Product(weight)(x)
+    torch.testing.assert_close(product * scales, plain_product(x, weight), rtol=1e-6, atol=0)
+
+
+def test_a_number_is_off_by_half_a_step_at_most() -> None:
+    x = torch.randn(20, 50)
+    values, scales = quantise(x)
+    assert values.abs().amax(1).eq(127).all()
+    assert ((values * scales - x).abs() <= 0.5001 * scales).all()
+
+
+def test_a_large_weight_is_quantised_in_blocks_like_at_once() -> None:
+    weights = [torch.randn(5000, 3), torch.randn(2, 3)]
+    values, scales = quantise(torch.cat(weights))
+    blocks = quantise_weights(weights)
+    assert torch.equal(blocks.values, values)
+    assert torch.equal(blocks.scales, scales[:, 0])
+
+
+def test_a_rows_product_does_not_depend_on_its_neighbours() -> None:
+    linear = int8_linears([nn.Linear(96, 70)])[0]
+    x = torch.randn(33, 96) * torch.logspace(-3, 3, 33)[:, None]
+    with torch.inference_mode():
+        together = linear(x)
+        for rows in (slice(0, 1), slice(7, 9), slice(32, 33)):
+            assert torch.equal(linear(x[rows]), together[rows])
+
+
+def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_spoils_itself_alone() -> None:
+    linear = int8_linears([nn.Linear(16, 8, bias=False)])[0]
+    x = torch.randn(4, 16)
+    x[0], x[1, 3], x[2, 5] = 0, float("nan"), float("inf")
+    with torch.inference_mode():
+        y = linear(x)
+        assert torch.equal(y[0], torch.zeros(8))
+        assert not y[1].isfinite().any()
+        assert not y[2].isfinite().any()
+        assert torch.equal(y[3], linear(x[3]))
+
+
+def test_linears_of_one_input_share_a_product_and_can_be_called_in_any_order_and_twice() -> None:
+    plain = [nn.Linear(24, 10), nn.Linear(24, 6, bias=False), Conv1D(7, 24)]
+    linears = int8_linears(plain)
+    x, other = torch.randn(1, 5, 24), torch.randn(1, 3, 24)
+    with torch.inference_mode():
+        expected = [PlainInt8(p, None, "")(x) for p in plain]
+        for order in ([0, 1, 2], [2, 0, 1], [1, 1, 0, 2]):
+            for place in order:
+                torch.testing.assert_close(linears[place](x), expected[place])
+        linears[0](x)  # its product is never used up
+        torch.testing.assert_close(linears[1](other), PlainInt8(plain[1], None, "")(other))
+        torch.testing.assert_close(linears[2](x), expected[2])
+
+
+def test_sixteen_bit_input_gives_sixteen_bit_output() -> None:
+    linear = int8_linears([nn.Linear(24, 10, dtype=torch.bfloat16)])[0]
+    with torch.inference_mode():
+        assert linear(torch.randn(3, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert linear.weight.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gpt2", "mistral_sliding"])
+def test_greedy_tokens_are_those_of_the_plain_8_bit_model(family: str) -> None:
+    model = make_model(family)
+    driver = Driver(model, INT8)
+    adapters = [None, driver.handle(1), driver.handle(2, rank=3)]
+    asked = [(random_prompt(n, 3 + 4 * n), adapters[n % 3]) for n in range(6)]
+    ids = [driver.add(prompt, adapter=handle, max_new_tokens=8) for prompt, handle in asked]
+    driver.run()
+    for request_id, (prompt, handle) in zip(ids, asked, strict=True):
+        reference = plain_int8(model, None if handle is None else handle.adapter)
+        assert driver.tokens(request_id) == reference_tokens(reference, prompt, 8)
+
+
+def test_a_request_alone_gets_the_tokens_it_gets_in_a_batch() -> None:
+    model = make_model()
+    together = Driver(model, INT8)
+    ids = [together.add(random_prompt(n, 5 + n), adapter=together.handle(n)) for n in range(8)]
+    together.run()
+    alone = Driver(model, INT8)
+    for n, request_id in enumerate(ids):
+        own = alone.add(random_prompt(n, 5 + n), adapter=alone.handle(n))
+        alone.run()
+        assert alone.tokens(own) == together.tokens(request_id)
+
+
+def test_a_quantised_model_keeps_no_full_weight_but_its_embedding_and_has_the_same_linears() -> None:
+    model = make_model()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    sizes = linear_sizes(model)
+    Runner(model, inject(model), INT8)
+    assert linear_sizes(model) == sizes
+    assert isinstance(model.get_output_embeddings(), Int8Linear)
+    assert {name for name, p in model.named_parameters() if p.ndim > 1} == {"model.embed_tokens.weight"}
+    assert not any(isinstance(m, nn.Linear) for m in model.modules())
+
+
+def test_a_model_without_quantization_keeps_its_linears() -> None:
+    model = make_model()
+    Runner(model, inject(model), EngineConfig(max_batch=2, max_context=CONTEXT))
+    assert not any(isinstance(m, Int8Linear) for m in model.modules())
+
+
+def test_other_devices_are_refused() -> None:
+    with pytest.raises(InvalidInput, match=r"int8 is computed on the CPU only.*cuda:0; set MHR_QUANTIZATION=none"):
+        check_int8_works(torch.device("cuda:0"))
+
+
+def test_a_torch_without_the_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    with pytest.raises(InvalidInput, match="has no 8-bit products"):
+        check_int8_works(torch.device("cpu"))
+
+
+def test_a_processor_that_saturates_on_the_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    exact = Int8Product.__call__
+
+    def saturating(self: Int8Product, x: Tensor) -> tuple[Tensor, Tensor]:
+        product, scales = exact(self, x)
+        return product.clamp_max(2**15 - 1), scales
+
+    monkeypatch.setattr(Int8Product, "__call__", saturating)
+    with pytest.raises(InvalidInput, match="inexactly; set MHR_QUANTIZATION=none"):
+        check_int8_works(torch.device("cpu"))
+
+
+def test_weights_of_ones_and_largest_numbers_are_exact() -> None:
+    check_int8_works(torch.device("cpu"))
+    weight = Int8Weight(torch.full((5, 1536), -127, dtype=torch.int8), torch.ones(5))
+    product, _ = Int8Product(weight)(torch.ones(2, 1536))
+    assert torch.equal(product, torch.full((2, 5), -127.0 * 127 * 1536))
