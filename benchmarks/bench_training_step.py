@@ -1,27 +1,49 @@
-"""Seconds of one training step of skills and routing, ours beside PEFT Poly's, on the same batches.
+"""Seconds of one training step of skills and routing, ours beside PEFT Poly's, on the same sequences.
 
-Both train all skills and the routing of every task in the batch with the relaxed Bernoulli noise, AdamW, and
-the same padded batches; a batch's sequences are of similar length, as our sampler makes them. PEFT's step is the
-one its users write: labels into the model, its loss, backward, clip, optimizer step.
+Both train all skills and the routing of every task in the batch with the relaxed Bernoulli noise and AdamW. With
+--data the batches are those that `mhr pretrain` draws from the folder's tasks; without it they are random tokens of
+similar length, of which no two begin alike. PEFT's step is the one its users write: the sequences padded on the right
+to the longest, labels into the model, its loss, backward, clip, optimizer step; an attention mask, which would slow it
+down, is left out, as padding on the right needs none. The peak of memory is the resident set of a process of its own,
+which loads the backbone and takes one step on every batch.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
-from itertools import cycle
+import json
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from tempfile import gettempdir
 
 import torch
-from common import conditions, peft_poly, print_json, print_table, random_inventory, time_in_turns
+from common import Timing, conditions, peft_poly, print_json, print_table, random_inventory, time_in_turns
 
 from server.adapters.injection import inject
 from server.adapters.inventory import Inventory
-from server.backbone import BUNDLED_BACKBONE, load_backbone, training_dtype
-from server.training.batches import Batch, EncodedExample, collate
+from server.backbone import BUNDLED_BACKBONE, Backbone, load_backbone, training_dtype
+from server.training.batches import Batch, EncodedExample, collate, encode_examples
+from server.training.examples import read_tasks
 from server.training.learners import RoutedLearner
+from server.training.prompts import DEFAULT_PROMPT_FORMAT
+from server.training.sampling import BatchSampler, SamplingConfig
 from server.training.trainer import Trainer, TrainerConfig
+
+OURS, PEFT = "ours", "peft poly"
+
+
+@dataclass(frozen=True)
+class PaddedBatch:
+    """The sequences of a packed batch, padded on the right."""
+
+    tokens: torch.Tensor  # (B, T)
+    labels: torch.Tensor  # (B, T), -100 where the loss does not look
+    tasks: torch.Tensor  # (B,)
 
 
 def main() -> None:
@@ -30,38 +52,20 @@ def main() -> None:
         torch.set_num_threads(options.threads)
     about = conditions()
     dtype = training_dtype() if options.dtype is None else getattr(torch, options.dtype)
-    ours = load_backbone(options.backbone, options.cache_dir, dtype=dtype)
-    theirs = load_backbone(options.backbone, options.cache_dir, dtype=dtype)
-    inventory = random_inventory(
-        ours, tasks=options.tasks, skills=options.skills, heads=options.heads, rank=options.rank, alpha=1.0
+    if options.peak_of:
+        print_json(peak(options, dtype))
+        return
+    peaks = {name: measured_peak(name) for name in (OURS, PEFT)}
+    backbone = load_backbone(options.backbone, options.cache_dir, dtype=dtype)
+    batches, num_tasks = make_batches(options, backbone)
+    steps = {name: make_steps(name, options, dtype, batches, num_tasks) for name in (OURS, PEFT)}
+    timings = time_in_turns(
+        {f"{name}, batch {i}": step for i in range(len(batches)) for name in steps for step in [steps[name][i]]},
+        warmup=options.warmup,
+        repeats=options.repeats,
     )
-    batches = make_batches(options, ours.model.config.vocab_size)
-    contenders = {
-        "ours": our_step(ours.model, inventory, batches),
-        "peft poly": peft_step(theirs.model, inventory, batches),
-    }
-    timings = time_in_turns(contenders, warmup=options.warmup, repeats=options.repeats)
-    ratio = timings["peft poly"].median / timings["ours"].median
-    tokens = sum(batch.tokens.numel() for batch in batches) / len(batches)
-    print_table(
-        f"{options.batch_size} sequences of {options.tasks} tasks padded to {min_width(batches)} to "
-        f"{max_width(batches)} tokens, r = {options.rank}, K = {options.skills}, h = {options.heads}, "
-        f"{dtype}, {about['threads']} threads",
-        ("contender", "s a step", "spread", "padded tok/s"),
-        [(name, timing.median, timing.spread, tokens / timing.median) for name, timing in timings.items()],
-    )
-    print(f"\nour step is {ratio:.2f} times as fast as PEFT Poly's")
-    setting = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    print_json(
-        {
-            "benchmark": "training_step",
-            "conditions": about,
-            "options": setting,
-            "dtype": str(dtype),
-            "results": {n: {"step_s": t.median, "spread": t.spread} for n, t in timings.items()},
-            "speed_over_peft_poly": ratio,
-        }
-    )
+    by_name = {name: [timings[f"{name}, batch {i}"] for i in range(len(batches))] for name in steps}
+    report(options, about, dtype, batches, num_tasks, by_name, peaks)
 
 
 def parse_options() -> argparse.Namespace:
@@ -71,23 +75,46 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16"), help="of both models; by default what `mhr pretrain` takes here"
     )
-    parser.add_argument("--tasks", type=int, default=40, help="training tasks, drawn at random for every sequence")
+    parser.add_argument("--data", type=Path, help="folder of task files to draw batches from, as `mhr pretrain --data`")
+    parser.add_argument("--rows-per-task", type=int, default=1, help="with --data: as of `mhr pretrain`")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--batches", type=int, default=3, help="different batches, taken in turns")
-    parser.add_argument("--min-tokens", type=int, default=120, help="of a batch's longest sequence")
-    parser.add_argument("--max-tokens", type=int, default=240, help="of a batch's longest sequence")
-    parser.add_argument("--answer-tokens", type=int, default=12, help="of the longest answer")
+    parser.add_argument("--tasks", type=int, default=40, help="without --data: tasks, drawn for every sequence")
+    parser.add_argument("--min-tokens", type=int, default=120, help="without --data: of a batch's longest sequence")
+    parser.add_argument("--max-tokens", type=int, default=240, help="without --data: of a batch's longest sequence")
+    parser.add_argument("--answer-tokens", type=int, default=12, help="without --data: of the longest answer")
     parser.add_argument("--skills", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
     parser.add_argument("--warmup", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=6)
+    parser.add_argument("--repeats", type=int, default=3, help="steps on every batch")
+    parser.add_argument("--peak-of", choices=(OURS, PEFT), help="only one contender, and only its peak of memory")
     return parser.parse_args()
 
 
-def make_batches(options: argparse.Namespace, vocabulary: int) -> list[Batch]:
-    """Random tokens; batch i is padded to a width between the limits, its sequences at least 0.8 times as long."""
+def make_batches(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Batch], int]:
+    """The batches, and the number of tasks that they are drawn from."""
+    if options.data is None:
+        return random_batches(options, backbone.model.config.vocab_size), options.tasks
+    examples: list[EncodedExample] = []
+    tasks = read_tasks(options.data)
+    for index, task in enumerate(tasks):
+        examples += encode_examples(
+            backbone.tokenizer,
+            task.examples,
+            task=index,
+            instruction=task.instruction,
+            prompt_format=DEFAULT_PROMPT_FORMAT,
+            context_length=backbone.context_length,
+            place=task.task,
+        )
+    sampler = BatchSampler(examples, options.batch_size, 0, SamplingConfig(rows_per_task=options.rows_per_task))
+    return list(islice(sampler.from_step(0), options.batches)), len(tasks)
+
+
+def random_batches(options: argparse.Namespace, vocabulary: int) -> list[Batch]:
+    """Random tokens; batch i is as wide as its place between the limits, its sequences at least 0.8 times as long."""
     random = torch.Generator().manual_seed(2)
 
     def draw(low: int, high: int) -> int:
@@ -109,38 +136,123 @@ def make_batches(options: argparse.Namespace, vocabulary: int) -> list[Batch]:
     return batches
 
 
-def our_step(model: torch.nn.Module, inventory: Inventory, batches: list[Batch]) -> Callable[[], object]:
+def pad(batch: Batch) -> PaddedBatch:
+    """The same sequences with the same answers as PEFT's users collate them."""
+    prefixes = {(s.prefix_start, s.prefix_stop) for s in batch.segments}
+    sequences = [s for s in batch.segments if (s.start, s.stop) not in prefixes]
+    width = max(segment.context for segment in sequences) + 1
+    tokens = torch.zeros((len(sequences), width), dtype=torch.long)
+    labels = torch.full_like(tokens, -100)
+    for row, segment in enumerate(sequences):
+        own = slice(segment.start, segment.stop)
+        known = torch.cat((batch.tokens[segment.prefix_start : segment.prefix_stop], batch.tokens[own]))
+        read = (batch.answers >= segment.start) & (batch.answers < segment.stop)
+        answer = batch.targets[read]
+        stop = len(known) + 1
+        tokens[row, :stop] = torch.cat((known, answer[-1:]))
+        labels[row, stop - len(answer) : stop] = answer
+    ends = torch.tensor(batch.lengths).cumsum(0)
+    starts = torch.tensor([segment.start for segment in sequences])
+    return PaddedBatch(tokens, labels, batch.tasks[torch.searchsorted(ends, starts, right=True)])
+
+
+def make_steps(
+    name: str, options: argparse.Namespace, dtype: torch.dtype, batches: Sequence[Batch], num_tasks: int
+) -> list[Callable[[], object]]:
+    """One step for each batch, all of one trainer with a model of its own."""
+    backbone = load_backbone(options.backbone, options.cache_dir, dtype=dtype)
+    inventory = random_inventory(
+        backbone, tasks=num_tasks, skills=options.skills, heads=options.heads, rank=options.rank, alpha=1.0
+    )
+    return (our_steps if name == OURS else peft_steps)(backbone.model, inventory, batches)
+
+
+def our_steps(model: torch.nn.Module, inventory: Inventory, batches: Sequence[Batch]) -> list[Callable[[], object]]:
     learner = RoutedLearner(inventory, torch.stack(list(inventory.routings.values())), train_skills=True)
     trainer = Trainer(model, inject(model), learner, TrainerConfig(steps=10_000, noise=True))
-    turns = cycle(batches)
-    return lambda: trainer.step(next(turns))
+    return [lambda batch=batch: trainer.step(batch) for batch in batches]
 
 
-def peft_step(model: torch.nn.Module, inventory: Inventory, batches: list[Batch]) -> Callable[[], object]:
+def peft_steps(model: torch.nn.Module, inventory: Inventory, batches: Sequence[Batch]) -> list[Callable[[], object]]:
     poly = peft_poly(model, inventory).train()
     trainable = [parameter for parameter in poly.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.0)
-    turns = cycle(batches)
 
-    def step() -> None:
-        batch = next(turns)
-        labels = torch.full(batch.tokens.shape, -100)
-        labels.view(-1)[batch.positions + 1] = batch.targets
-        loss = poly(input_ids=batch.tokens, labels=labels, task_ids=batch.tasks[batch.rows], use_cache=False).loss
+    def step(batch: PaddedBatch) -> None:
+        loss = poly(input_ids=batch.tokens, labels=batch.labels, task_ids=batch.tasks, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         optimizer.zero_grad()
 
-    return step
+    return [lambda batch=batch: step(batch) for batch in map(pad, batches)]
 
 
-def min_width(batches: list[Batch]) -> int:
-    return min(batch.tokens.shape[1] for batch in batches)
+def peak(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
+    """This process's largest resident set in MiB, before and after a step on every batch."""
+    batches, num_tasks = make_batches(options, load_backbone(options.backbone, options.cache_dir, dtype=dtype))
+    steps = make_steps(options.peak_of, options, dtype, batches, num_tasks)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for step in steps:
+        step()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"loaded_mib": before / 1024, "peak_mib": after / 1024}
 
 
-def max_width(batches: list[Batch]) -> int:
-    return max(batch.tokens.shape[1] for batch in batches)
+def measured_peak(name: str) -> dict[str, float]:
+    """`peak` of one contender, in a process of its own."""
+    command = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:], f"--peak-of={name}"]
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    measured: dict[str, float] = json.loads(output.splitlines()[-1])
+    return measured
+
+
+def report(
+    options: argparse.Namespace,
+    about: dict[str, object],
+    dtype: torch.dtype,
+    batches: Sequence[Batch],
+    num_tasks: int,
+    timings: dict[str, list[Timing]],
+    peaks: dict[str, dict[str, float]],
+) -> None:
+    """The table and the JSON document. The ratio is that of the time for all batches: of the throughput."""
+    padded = [pad(batch).tokens.numel() for batch in batches]
+    rows = []
+    for number, batch in enumerate(batches):
+        ours, theirs = timings[OURS][number].median, timings[PEFT][number].median
+        rows.append((number, len(batch.tasks), padded[number], len(batch.tokens), ours, theirs, theirs / ours))
+    ours, theirs = (sum(timing.median for timing in timings[name]) for name in (OURS, PEFT))
+    computed = sum(len(batch.tokens) for batch in batches)
+    rows.append(("all", "", sum(padded), computed, ours, theirs, theirs / ours))
+    print_table(
+        f"{options.batch_size} sequences a step of {num_tasks} tasks {'' if options.data is None else 'of --data '}"
+        f"(r = {options.rank}, K = {options.skills}, h = {options.heads}), {dtype}, {about['threads']} threads",
+        ("batch", "its tasks", "padded tokens", "our tokens", "ours, s", "PEFT Poly, s", "ratio"),
+        rows,
+    )
+    print(f"\nour throughput is {theirs / ours:.2f} times PEFT Poly's; peak memory ", end="")
+    print(f"{peaks[OURS]['peak_mib']:.0f} MiB against {peaks[PEFT]['peak_mib']:.0f} MiB")
+    setting = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
+    print_json(
+        {
+            "benchmark": "training_step",
+            "conditions": about,
+            "options": setting,
+            "dtype": str(dtype),
+            "padded_tokens": padded,
+            "our_tokens": [len(batch.tokens) for batch in batches],
+            "results": {
+                name: {
+                    "step_s": [timing.median for timing in timings[name]],
+                    "spread": [timing.spread for timing in timings[name]],
+                    **peaks[name],
+                }
+                for name in timings
+            },
+            "speed_over_peft_poly": theirs / ours,
+        }
+    )
 
 
 if __name__ == "__main__":

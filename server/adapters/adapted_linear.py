@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 
 class AdapterMix(Protocol):
     """The adapters of one forward pass: which rows belong to which task, and what each task adds."""
 
+    def forward(self, linear: str, base: nn.Module, x: Tensor) -> Tensor:
+        """base(x) (..., d_out) plus what the rows' adapters make of x (..., d_in)."""
+        ...
+
+
+class AddedMix(ABC):
+    """An AdapterMix that adds to what the frozen linear made."""
+
+    def forward(self, linear: str, base: nn.Module, x: Tensor) -> Tensor:
+        return self.add(linear, x, base(x))
+
+    @abstractmethod
     def add(self, linear: str, x: Tensor, y: Tensor) -> Tensor:
         """y (..., d_out) plus what the rows' adapters make of x (..., d_in); y may be changed in place."""
-        ...
 
 
 class AdapterContext:
@@ -52,37 +62,8 @@ class AdaptedLinear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base(x)
         mix = self.context.mix
-        return y if mix is None else mix.add(self.linear, x, y)
-
-
-@dataclass(frozen=True)
-class TaskRows:
-    """The mix of a padded batch (B, T): N tasks' adapters and, for every sequence, which one is its own.
-
-    Differentiable in the adapters, so training uses it. Every row meets all N adapters side by side and a
-    mask keeps its own: two matrix products, where gathering one adapter per row would copy each of them,
-    and scatter as many gradients on the way back.
-    """
-
-    adapters: Mapping[str, tuple[Tensor, Tensor]]  # linear -> A (N, d_in, r), B (N, r, d_out), scaling folded in
-    rows: Tensor  # (B,) indices into N
-
-    def add(self, linear: str, x: Tensor, y: Tensor) -> Tensor:
-        """y (B, T, d_out) + (x A_n) B_n for every sequence's own n, with x (B, T, d_in)."""
-        pair = self.adapters.get(linear)
-        if pair is None:
+        if mix is None:
+            y: Tensor = self.base(x)
             return y
-        A, B = pair
-        num_tasks, d_in, rank = A.shape
-        hidden = x @ A.transpose(0, 1).reshape(d_in, num_tasks * rank)  # (B, T, N * r)
-        if num_tasks > 1:
-            hidden = hidden * self._own(num_tasks, rank, hidden.dtype)
-        wide = torch.addmm(y.flatten(0, 1), hidden.flatten(0, 1), B.reshape(num_tasks * rank, -1))
-        return wide.view_as(y)
-
-    def _own(self, num_tasks: int, rank: int, dtype: torch.dtype) -> Tensor:
-        """(B, 1, N * r): one where a sequence meets its own task's adapter, else zero."""
-        one_hot = nn.functional.one_hot(self.rows, num_tasks).to(dtype)
-        return one_hot.repeat_interleave(rank, dim=1)[:, None]
+        return mix.forward(self.linear, self.base, x)

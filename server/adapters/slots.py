@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.adapters.adapted_linear import AddedMix
 from server.adapters.assembly import Adapter
 from server.errors import AdapterUnavailable
 from server.memory import lazy_zeros
@@ -190,8 +191,8 @@ class DecodeRows:
         return table[self.slots] if isinstance(self.slots, slice) else table.index_select(0, self.slots)
 
 
-class SlotMix:
-    """An AdapterMix over slots for flattened rows (1, N, d): decode rows first, then whole segments.
+class SlotMix(AddedMix):
+    """The mix over slots for flattened rows (1, N, d): decode rows first, then whole segments.
 
     Rows that belong to neither are left exactly as the backbone computed them.
     """
@@ -288,8 +289,8 @@ def _make_tables(
     return tables
 
 
-class InputGroupFinder:
-    """An AdapterMix that adds nothing and notes which linears follow each other on the same input tensor."""
+class InputGroupFinder(AddedMix):
+    """A mix that adds nothing and notes which linears follow each other on the same input tensor."""
 
     def __init__(self) -> None:
         self.groups: list[list[str]] = []

@@ -1,9 +1,15 @@
-"""From examples to batches of token ids."""
+"""From examples to packed batches of token ids.
+
+A batch is one row of tokens without padding. The sequences of one task lie together, and what their prompts begin
+with in common (the rendered instruction) stands there once: under a causal model and one adapter per task, its
+states are the same for all of them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,22 +34,47 @@ class EncodedExample:
 
 
 @dataclass(frozen=True)
-class Batch:
-    """Sequences padded on the right, so that a causal model needs no mask; the loss reads answers alone."""
+class Segment:
+    """Tokens start … stop-1 of a batch; they follow on the tokens prefix_start … prefix_stop-1, if there are any."""
 
-    tokens: Tensor  # (B, T)
-    tasks: Tensor  # (N,) the distinct tasks of the batch
-    rows: Tensor  # (B,) every sequence's place in `tasks`
-    positions: Tensor  # (P,) places in the flattened (B * T) whose next token is an answer's
-    targets: Tensor  # (P,) those next tokens
-    weights: Tensor  # (P,) sums to 1: every sequence counts alike, and so does every token within it
+    start: int
+    stop: int
+    prefix_start: int = 0
+    prefix_stop: int = 0
 
     @property
-    def num_sequences(self) -> int:
-        return len(self.rows)
+    def length(self) -> int:
+        return self.stop - self.start
+
+    @property
+    def prefix_length(self) -> int:
+        return self.prefix_stop - self.prefix_start
+
+    @property
+    def context(self) -> int:
+        """Tokens that the segment's last token sees."""
+        return self.prefix_length + self.length
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B sequences of N tasks as S tokens, sorted by task; of every answer all tokens but the last are among them."""
+
+    tokens: Tensor  # (S,)
+    position_ids: Tensor  # (S,) each token's place in its sequence
+    tasks: Tensor  # (N,) the distinct tasks of the batch
+    answers: Tensor  # (P,) places in S whose next token is an answer's
+    targets: Tensor  # (P,) those next tokens
+    weights: Tensor  # (P,) sums to 1: every sequence counts alike, and so does every token within it
+    lengths: tuple[int, ...]  # N: the tokens of each task
+    segments: tuple[Segment, ...]  # cover S in order: shared prefixes and what follows on them, or whole sequences
+    num_sequences: int
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(**{name: value.to(device) for name, value in vars(self).items()})
+        moved: dict[str, Any] = {
+            name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)
+        }
+        return replace(self, **moved)
 
 
 def encode_examples(
@@ -76,19 +107,75 @@ def encode_examples(
 
 
 def collate(examples: Sequence[EncodedExample], choices: Sequence[int] | None = None) -> Batch:
-    """One padded batch; `choices` picks one of each example's answers, the first by default."""
-    picked = [example.answers[choice] for example, choice in zip(examples, choices or [0] * len(examples), strict=True)]
-    width = max(len(example.prompt) + len(answer) for example, answer in zip(examples, picked, strict=True))
-    tokens = torch.zeros((len(examples), width), dtype=torch.long)
-    positions: list[int] = []
-    targets: list[int] = []
-    weights: list[float] = []
-    for row, (example, answer) in enumerate(zip(examples, picked, strict=True)):
-        start = len(example.prompt)
-        tokens[row, : start + len(answer)] = torch.tensor([*example.prompt, *answer])
-        first = row * width + start - 1
-        positions += range(first, first + len(answer))
-        targets += answer
-        weights += [1.0 / (len(examples) * len(answer))] * len(answer)
-    distinct, rows = torch.unique(torch.tensor([example.task for example in examples]), return_inverse=True)
-    return Batch(tokens, distinct, rows, torch.tensor(positions), torch.tensor(targets), torch.tensor(weights))
+    """One packed batch; `choices` picks one of each example's answers, the first by default."""
+    by_task: dict[int, list[_Sequence]] = {}
+    for example, choice in zip(examples, choices or [0] * len(examples), strict=True):
+        by_task.setdefault(example.task, []).append((example.prompt, example.answers[choice]))
+    packing = _Packing(len(examples))
+    for task in sorted(by_task):
+        packing.add_task(by_task[task])
+    return packing.batch(sorted(by_task))
+
+
+def shared_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
+    """The number of tokens that two or more prompts begin with in common; each keeps its last token for itself."""
+    if len(prompts) < 2:
+        return 0
+    longest = min(len(prompt) for prompt in prompts) - 1
+    # In lexical order the first and the last differ the soonest.
+    first, last = min(prompts), max(prompts)
+    return next((i for i in range(longest) if first[i] != last[i]), longest)
+
+
+_Sequence = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, answer
+
+
+class _Packing:
+    """Tokens laid one after another, with what the loss and the attention need to know of them."""
+
+    def __init__(self, num_sequences: int) -> None:
+        self._num_sequences = num_sequences
+        self._tokens: list[int] = []
+        self._position_ids: list[int] = []
+        self._answers: list[int] = []
+        self._targets: list[int] = []
+        self._weights: list[float] = []
+        self._lengths: list[int] = []
+        self._segments: list[Segment] = []
+
+    def add_task(self, sequences: Sequence[_Sequence]) -> None:
+        """All sequences of one task; each keeps its last prompt token, where the loss begins, for itself."""
+        start = len(self._tokens)
+        shared = shared_prefix([prompt for prompt, _ in sequences])
+        if shared:
+            self._add_segment(sequences[0][0][:shared])
+        for prompt, answer in sequences:
+            self._add_segment((*prompt[shared:], *answer[:-1]), (start, start + shared))
+            self._add_answer(answer)
+        self._lengths.append(len(self._tokens) - start)
+
+    def _add_segment(self, tokens: Sequence[int], prefix: tuple[int, int] = (0, 0)) -> None:
+        start, first_position = len(self._tokens), prefix[1] - prefix[0]
+        self._tokens += tokens
+        self._position_ids += range(first_position, first_position + len(tokens))
+        self._segments.append(Segment(start, len(self._tokens), *prefix))
+
+    def _add_answer(self, answer: Sequence[int]) -> None:
+        """The loss of the segment just added: its last tokens are followed by the answer's."""
+        stop = len(self._tokens)
+        self._answers += range(stop - len(answer), stop)
+        self._targets += answer
+        self._weights += [1.0 / (self._num_sequences * len(answer))] * len(answer)
+
+    def batch(self, tasks: Sequence[int]) -> Batch:
+        return Batch(
+            tokens=torch.tensor(self._tokens),
+            position_ids=torch.tensor(self._position_ids),
+            tasks=torch.tensor(tasks),
+            answers=torch.tensor(self._answers),
+            targets=torch.tensor(self._targets),
+            weights=torch.tensor(self._weights),
+            lengths=tuple(self._lengths),
+            segments=tuple(self._segments),
+            num_sequences=self._num_sequences,
+        )

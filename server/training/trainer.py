@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,13 +10,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from server.adapters.adapted_linear import AdapterContext, TaskRows
+from server.adapters.adapted_linear import AdapterContext
 from server.errors import InvalidInput
-from server.training.attention import training_attention
+from server.training.attention import PackedAttention
 from server.training.batches import Batch
 from server.training.checkpoint import Checkpoint, describe_differences
 from server.training.distributed import ALONE, Processes
 from server.training.learners import Learner
+from server.training.loss import answer_loss
 from server.training.optimizers import OptimizerName, load_state, make_optimizer, state_tensors
 
 
@@ -58,7 +58,7 @@ class Trainer:
         self.step_count = 0
         self.device = next(model.parameters()).device
         self._processes = processes
-        self._switch = training_attention(model)
+        self._attention = PackedAttention(model)
         self._optimizer = make_optimizer(config.optimizer, _groups(learner, config))
 
     def step(self, *batches: Batch) -> Tensor:
@@ -86,13 +86,7 @@ class Trainer:
         """Mean negative log-likelihood of the answers: over a sequence's tokens, then over sequences."""
         batch = batch.to(self.device)
         adapters = (learner or self.learner).adapters(batch.tasks, self.model.dtype, noise)
-        with self.context.use(TaskRows(adapters, batch.rows)), self._attention():
-            hidden: Tensor = self.model.base_model(input_ids=batch.tokens, use_cache=False)[0]  # (B, T, d)
-        # Logits only where the loss reads them: over all positions they would cost more than the layers do.
-        answers = hidden.flatten(0, 1)[batch.positions]  # (P, d)
-        head = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        losses = nn.functional.cross_entropy(head(answers).float(), batch.targets, reduction="none")
-        return (losses * batch.weights).sum()
+        return answer_loss(self.model, self.context, self._attention, adapters, batch)
 
     @torch.inference_mode()
     def evaluate(self, batches: Iterable[Batch], learner: Learner | None = None) -> float:
@@ -102,9 +96,6 @@ class Trainer:
             total += self.loss(batch, learner=learner) * batch.num_sequences
             sequences += batch.num_sequences
         return total.item() / sequences
-
-    def _attention(self) -> AbstractContextManager[None]:
-        return nullcontext() if self._switch is None else self._switch.engaged()
 
     def _noise(self, place: int) -> torch.Generator | None:
         """The noise of a step's batch, or None.

@@ -13,11 +13,11 @@ from peft import PeftModel
 from peft.tuners.poly import Linear as PolyLinear
 from transformers import LlamaForCausalLM, PreTrainedModel
 
-from server.adapters.adapted_linear import TaskRows
 from server.adapters.assembly import Adapter, assemble
 from server.adapters.injection import inject
 from server.adapters.inventory import Inventory
 from server.adapters.peft_format import TargetBackbone, read_poly
+from server.adapters.task_rows import TaskRows
 
 MakeLlama = Callable[[], LlamaForCausalLM]
 MakePoly = Callable[..., PeftModel]
@@ -90,12 +90,12 @@ def test_mixed_batch_through_the_injected_model_gives_pefts_logits(
     ours, model = tiny_llama(), tiny_llama()
     poly = random_poly(model, heads=heads, skills=skills, rank=rank, tasks=4, seed=seed)
     inventory = through_disk(poly, target_of(ours))
-    rows = torch.tensor([3, 0, 2, 2, 1])
+    rows = [3, 0, 2, 2, 1]
     tokens = torch.randint(0, 211, (5, 7), generator=torch.Generator().manual_seed(seed))
-    theirs = poly(input_ids=tokens, task_ids=rows).logits
+    theirs = poly(input_ids=tokens, task_ids=torch.tensor(rows)).logits
     context = inject(ours)
-    adapters = [assemble(inventory, inventory.routings[f"task-{task}"]) for task in range(4)]
-    with context.use(TaskRows(stacked(adapters), rows)):
+    adapters = [assemble(inventory, inventory.routings[f"task-{task}"]) for task in rows]
+    with context.use(TaskRows(stacked(adapters), [tokens.shape[1]] * len(rows))):
         logits = ours(input_ids=tokens).logits
     torch.testing.assert_close(logits, theirs, atol=1e-4, rtol=1e-4)
     assert not torch.allclose(logits[2], logits[3], atol=1e-2)  # same task, other tokens

@@ -11,7 +11,6 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
-from server.adapters.adapted_linear import TaskRows
 from server.adapters.assembly import Adapter, assemble, mean_adapter
 from server.adapters.injection import inject, linear_sizes
 from server.adapters.inventory import Inventory
@@ -23,6 +22,7 @@ from server.adapters.peft_format import (
     uses_conv1d,
     write_lora,
 )
+from server.adapters.task_rows import TaskRows
 
 MakeModel = Callable[[], PreTrainedModel]
 MakePoly = Callable[..., PeftModel]
@@ -104,7 +104,7 @@ def test_exported_mean_gives_our_logits(kind: str, tmp_path: Path, request: pyte
     context = inject(model)
     bare = model(input_ids=PROMPTS).logits
     pairs = {name: (pair.A[None], pair.B[None] * adapter.scaling) for name, pair in adapter.weights.items()}
-    with context.use(TaskRows(pairs, torch.zeros(TASKS, dtype=torch.long))):
+    with context.use(TaskRows(pairs, [PROMPTS.numel()])):
         ours = model(input_ids=PROMPTS).logits
         our_tokens = greedy(model, PROMPTS)
     torch.testing.assert_close(lora(input_ids=PROMPTS).logits, ours, atol=1e-4, rtol=1e-4)
@@ -141,7 +141,7 @@ def test_loras_that_peft_wrote_are_read_as_they_act(
     for name, lora in loras.items():
         adapter = assemble(inventory, inventory.routings[name])
         pairs = {linear: (pair.A[None], pair.B[None] * adapter.scaling) for linear, pair in adapter.weights.items()}
-        with context.use(TaskRows(pairs, torch.zeros(TASKS, dtype=torch.long))):
+        with context.use(TaskRows(pairs, [PROMPTS.numel()])):
             ours = model(input_ids=PROMPTS).logits
         torch.testing.assert_close(ours, lora(input_ids=PROMPTS).logits, atol=1e-4, rtol=1e-4)
 

@@ -12,21 +12,21 @@ from transformers import LlamaForCausalLM, PreTrainedModel
 
 from server.adapters.injection import inject
 from server.adapters.peft_format import TargetBackbone, read_poly
-from server.training.batches import Batch, EncodedExample, collate
+from server.training.batches import EncodedExample, collate
 from server.training.learners import RoutedLearner
 from server.training.trainer import Trainer, TrainerConfig
 
 TASKS = 5
 
 
-def make_batch() -> Batch:
+def make_examples() -> list[EncodedExample]:
     random = torch.Generator().manual_seed(3)
 
     def tokens(length: int) -> tuple[int, ...]:
         return tuple(torch.randint(1, 211, (length,), generator=random).tolist())
 
     shapes = [(4, 9, 3), (0, 17, 1), (4, 5, 6), (2, 12, 2)]  # task, prompt, answer; tasks 1 and 3 stay away
-    return collate([EncodedExample(task, tokens(prompt), (tokens(answer),)) for task, prompt, answer in shapes])
+    return [EncodedExample(task, tokens(prompt), (tokens(answer),)) for task, prompt, answer in shapes]
 
 
 @pytest.mark.parametrize("heads", [1, 4])
@@ -41,7 +41,8 @@ def test_gradients_of_skills_and_routing_are_pefts(
     poly = random_poly(theirs, heads=heads, skills=3, rank=2, tasks=TASKS)  # eval mode: without noise
     poly.save_pretrained(tmp_path)
     inventory = read_poly(tmp_path, target_of(ours), name="task")
-    batch = make_batch()
+    examples = make_examples()
+    batch = collate(examples)
 
     learner = RoutedLearner(inventory, torch.stack(list(inventory.routings.values())), train_skills=True)
     our_loss = Trainer(ours, inject(ours), learner, TrainerConfig(steps=1)).loss(batch)
@@ -49,9 +50,13 @@ def test_gradients_of_skills_and_routing_are_pefts(
 
     for parameter in poly.parameters():
         parameter.requires_grad_(True)
-    logits = poly(input_ids=batch.tokens, task_ids=batch.tasks[batch.rows]).logits.flatten(0, 1)
-    losses = torch.nn.functional.cross_entropy(logits[batch.positions], batch.targets, reduction="none")
-    their_loss = (losses * batch.weights).sum()
+    losses = []
+    for example in examples:
+        tokens = torch.tensor([[*example.prompt, *example.answers[0]]])
+        logits = poly(input_ids=tokens, task_ids=torch.tensor([example.task])).logits[0]
+        start = len(example.prompt)
+        losses.append(torch.nn.functional.cross_entropy(logits[start - 1 : -1], tokens[0, start:]))
+    their_loss = torch.stack(losses).mean()
     their_loss.backward()
 
     torch.testing.assert_close(our_loss, their_loss, atol=1e-5, rtol=1e-5)

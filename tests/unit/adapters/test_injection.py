@@ -7,20 +7,21 @@ import torch
 from torch import nn
 from transformers import GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
-from server.adapters.adapted_linear import AdaptedLinear, TaskRows
+from server.adapters.adapted_linear import AdaptedLinear
 from server.adapters.injection import check_fits, check_sizes, inject, linear_sizes
+from server.adapters.task_rows import TaskRows
 from server.errors import InvalidInput
 
 TOKENS = torch.tensor([[1, 5, 9, 2], [4, 4, 7, 3]])
 
 
-def random_mix(sizes: dict[str, tuple[int, int]], num_tasks: int, rows: list[int], rank: int = 2) -> TaskRows:
+def random_mix(sizes: dict[str, tuple[int, int]], lengths: list[int], rank: int = 2) -> TaskRows:
     torch.manual_seed(1)
     pairs = {
-        name: (0.3 * torch.randn(num_tasks, d_in, rank), 0.3 * torch.randn(num_tasks, rank, d_out))
+        name: (0.3 * torch.randn(len(lengths), d_in, rank), 0.3 * torch.randn(len(lengths), rank, d_out))
         for name, (d_in, d_out) in sizes.items()
     }
-    return TaskRows(pairs, torch.tensor(rows))
+    return TaskRows(pairs, lengths)
 
 
 def merged_logits(model: PreTrainedModel, mix: TaskRows, task: int, tokens: torch.Tensor) -> torch.Tensor:
@@ -54,9 +55,9 @@ def test_linears_of_a_gpt2_and_their_sizes(small_gpt2: GPT2LMHeadModel) -> None:
 def test_injected_model_serves_each_row_its_own_adapter(name: str, request: pytest.FixtureRequest) -> None:
     model: PreTrainedModel = request.getfixturevalue(name)
     sizes = linear_sizes(model)
-    mix = random_mix(sizes, num_tasks=3, rows=[2, 0])
+    mix = random_mix(sizes, lengths=[4, 4])
     bare = model(TOKENS).logits
-    expected = [merged_logits(model, mix, task, TOKENS[row : row + 1]) for row, task in ((0, 2), (1, 0))]
+    expected = [merged_logits(model, mix, task, TOKENS[row : row + 1]) for row, task in ((0, 0), (1, 1))]
     context = inject(model)
     assert torch.equal(model(TOKENS).logits, bare)
     with context.use(mix):

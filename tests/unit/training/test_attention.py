@@ -1,69 +1,54 @@
+"""The attention by itself; test_loss.py has it inside of models."""
+
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import AutoModelForCausalLM as Auto
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, MistralConfig
 
 from server.errors import InvalidInput
-from server.training.attention import _attention, causal_attention, training_attention
+from server.training.attention import PackedLayout, _attention, attend_rows, attend_segments
+from server.training.batches import Segment
 
-_SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "vocab_size": 101,
-    "max_position_embeddings": 64,
-}
+SEGMENTS = (Segment(0, 3), Segment(3, 7, 0, 3), Segment(7, 8, 0, 3), Segment(8, 13))
+Attend = Callable[..., Tensor]
 
 
+def _draw(heads: int, head_dim: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn((1, heads, 13, head_dim), generator=generator, dtype=torch.float64, requires_grad=True)
+
+
+def _one_by_one(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """Every segment with torch's own attention, over a context put together for it."""
+    outs = []
+    for s in SEGMENTS:
+        context = [*range(s.prefix_start, s.prefix_stop), *range(s.start, s.stop)]
+        queries, keys = torch.arange(s.prefix_length, s.context)[:, None], torch.arange(s.context)
+        mask = (keys <= queries) & (keys > queries - (window or 100))
+        q, k, v = query[:, :, s.start : s.stop], key[:, :, context], value[:, :, context]
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+        outs.append(out.transpose(1, 2))
+    return torch.cat(outs, dim=1)
+
+
+@pytest.mark.parametrize("attend", [attend_segments, attend_rows])
+@pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
-def test_equals_torchs_own_attention_and_its_gradients(heads: int, kv_heads: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(n: int) -> torch.Tensor:
-        return torch.randn((2, n, 7, 5), generator=generator, requires_grad=True)
-
-    query, key, value = draw(heads), draw(kv_heads), draw(kv_heads)
-    ours = causal_attention(query, key, value, 0.3)
-    theirs = scaled_dot_product_attention(query, key, value, is_causal=True, scale=0.3, enable_gqa=True).transpose(1, 2)
+def test_equals_torchs_own_attention_and_its_gradients(
+    attend: Attend, heads: int, kv_heads: int, window: int | None
+) -> None:
+    inputs = (_draw(heads, 5, 0), _draw(kv_heads, 5, 1), _draw(kv_heads, 4, 2))
+    ours = attend(*inputs, 0.3, window, PackedLayout(SEGMENTS))
+    theirs = _one_by_one(*inputs, window)
+    assert ours.shape == (1, 13, heads, 4)
     torch.testing.assert_close(ours, theirs)
-    inputs = (query, key, value)
-    for mine, reference in zip(
-        torch.autograd.grad(ours.square().sum(), inputs),
-        torch.autograd.grad(theirs.square().sum(), inputs),
-        strict=True,
-    ):
-        torch.testing.assert_close(mine, reference)
-
-
-@pytest.mark.parametrize("config", [LlamaConfig(**_SMALL), MistralConfig(**_SMALL, sliding_window=5)])
-def test_a_model_gives_the_same_states_switched(config: LlamaConfig | MistralConfig) -> None:
-    torch.manual_seed(0)
-    model = Auto.from_config(config).eval()
-    _same_states(model)
-
-
-def test_gpt2_gives_the_same_states_switched() -> None:
-    torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=101, n_positions=64)).eval()
-    _same_states(model)
-
-
-def _same_states(model: torch.nn.Module) -> None:
-    tokens = torch.randint(0, 101, (3, 20), generator=torch.Generator().manual_seed(1))
-    switch = training_attention(model)
-    assert switch is not None
-    with torch.no_grad():
-        own = model.base_model(input_ids=tokens, use_cache=False)[0]
-        with switch.engaged():
-            ours = model.base_model(input_ids=tokens, use_cache=False)[0]
-        again = model.base_model(input_ids=tokens, use_cache=False)[0]
-    torch.testing.assert_close(ours, own, atol=1e-5, rtol=1e-4)
-    assert torch.equal(own, again)
+    reference = torch.autograd.grad(theirs.square().sum(), inputs)
+    for mine, other in zip(torch.autograd.grad(ours.square().sum(), inputs), reference, strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 def test_an_attention_that_it_cannot_compute_is_refused() -> None:

@@ -2,36 +2,90 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from server.backbone import Backbone
 from server.errors import InvalidInput
-from server.training.batches import EncodedExample, collate, encode_examples
+from server.training.batches import Batch, EncodedExample, Segment, collate, encode_examples, shared_prefix
 from server.training.examples import Example
 
 
-def _encoded(task: int, prompt: int, *answers: int) -> EncodedExample:
-    return EncodedExample(task, tuple(range(10, 10 + prompt)), tuple(tuple(range(50, 50 + n)) for n in answers))
+def _encoded(task: int, prompt: str, *answers: str) -> EncodedExample:
+    """Letters are tokens."""
+    return EncodedExample(task, tuple(map(ord, prompt)), tuple(tuple(map(ord, answer)) for answer in answers))
 
 
-def test_the_loss_reads_the_answers_alone() -> None:
-    batch = collate([_encoded(7, 3, 2), _encoded(4, 5, 3)])
-    assert batch.tokens.tolist() == [[10, 11, 12, 50, 51, 0, 0, 0], [10, 11, 12, 13, 14, 50, 51, 52]]
-    assert batch.targets.tolist() == [50, 51, 50, 51, 52]
-    # The token after each position is its target: no prompt token, no padding.
-    following = batch.tokens.flatten()[batch.positions + 1]
-    assert torch.equal(following, batch.targets)
+def _text(tokens: torch.Tensor) -> str:
+    return "".join(map(chr, tokens.tolist()))
 
 
-def test_every_sequence_counts_alike() -> None:
-    batch = collate([_encoded(0, 3, 2), _encoded(0, 5, 4)])
-    assert batch.weights.sum().item() == pytest.approx(1)
-    assert batch.weights[:2].sum().item() == pytest.approx(0.5)
+def _sequences(batch: Batch) -> list[tuple[int, str, str]]:
+    """(task, prompt, answer) of every sequence, read back from segments, lengths and the loss's places."""
+    task_of_place = batch.tasks.repeat_interleave(torch.tensor(batch.lengths))
+    found = []
+    for segment in batch.segments:
+        read = (batch.answers >= segment.start) & (batch.answers < segment.stop)
+        if read.any():
+            prefix, own = slice(segment.prefix_start, segment.prefix_stop), slice(segment.start, segment.stop)
+            known = torch.cat((batch.tokens[prefix], batch.tokens[own]))
+            answer = _text(batch.targets[read])
+            whole = _text(known) + answer[-1]
+            found.append((int(task_of_place[segment.start]), whole.removesuffix(answer), answer))
+    return found
 
 
-def test_rows_point_to_the_distinct_tasks() -> None:
-    batch = collate([_encoded(7, 3, 1), _encoded(4, 3, 1), _encoded(7, 3, 1)])
-    assert batch.tasks[batch.rows].tolist() == [7, 4, 7]
+def test_a_tasks_common_beginning_stands_once() -> None:
+    batch = collate([_encoded(7, "sort: ab", "xy"), _encoded(4, "say ", "z"), _encoded(7, "sort: c", "w")])
     assert batch.tasks.tolist() == [4, 7]
+    assert _text(batch.tokens) == "say " + "sort: " + "abx" + "c"
+    assert batch.position_ids.tolist() == [0, 1, 2, 3, *range(6), 6, 7, 8, 6]
+    assert batch.lengths == (4, 10)
+    assert batch.segments == (Segment(0, 4), Segment(4, 10), Segment(10, 13, 4, 10), Segment(13, 14, 4, 10))
+    assert batch.num_sequences == 3
+
+
+def test_the_loss_reads_the_answers_alone_and_every_sequence_alike() -> None:
+    batch = collate([_encoded(0, "abc", "xy"), _encoded(1, "de", "uvw.")])
+    assert _text(batch.tokens) == "abcx" + "deuvw"
+    assert batch.answers.tolist() == [2, 3, 5, 6, 7, 8]
+    assert _text(batch.targets) == "xyuvw."
+    assert batch.weights.tolist() == pytest.approx([1 / 4] * 2 + [1 / 8] * 4)
+
+
+def test_the_choices_pick_the_answers() -> None:
+    batch = collate([_encoded(0, "a", "x", "y"), _encoded(0, "b", "z")], [1, 0])
+    assert _text(batch.targets) == "yz"
+
+
+def test_a_prompt_keeps_its_last_token_for_itself() -> None:
+    assert shared_prefix([(1, 2, 3), (1, 2, 3)]) == 2
+    assert shared_prefix([(1, 2, 3), (1, 2, 3, 4)]) == 2
+    assert shared_prefix([(1, 2, 3), (1, 5, 3), (1, 2, 4)]) == 1
+    assert shared_prefix([(1, 2), (3, 2)]) == 0
+    assert shared_prefix([(1, 2, 3)]) == 0
+
+
+@given(
+    rows=st.lists(
+        st.tuples(st.integers(0, 2), st.text("ab", min_size=1, max_size=5), st.text("cd", min_size=1, max_size=3)),
+        min_size=1,
+        max_size=7,
+    )
+)
+def test_nothing_is_lost_and_nothing_is_padded(rows: list[tuple[int, str, str]]) -> None:
+    batch = collate([_encoded(task, prompt, answer) for task, prompt, answer in rows])
+    assert sorted(_sequences(batch)) == sorted(rows)
+    places = [place for segment in batch.segments for place in range(segment.start, segment.stop)]
+    assert places == list(range(len(batch.tokens)))
+    assert sum(batch.lengths) == len(batch.tokens) <= sum(len(prompt) + len(answer) - 1 for _, prompt, answer in rows)
+    assert batch.weights.sum().item() == pytest.approx(1)
+
+
+def test_moving_a_batch_moves_its_tensors() -> None:
+    batch = collate([_encoded(0, "ab", "c")]).to(torch.device("meta"))
+    assert batch.tokens.device.type == batch.weights.device.type == "meta"
+    assert batch.segments == (Segment(0, 2),)
 
 
 @pytest.mark.parametrize(

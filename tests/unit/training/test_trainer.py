@@ -18,6 +18,7 @@ from server.training.trainer import Trainer, TrainerConfig
 
 
 def _encoded(backbone: Backbone, examples: list[Example]) -> list[EncodedExample]:
+    """The examples of task 0, then the same ones of task 1."""
     return [
         item
         for task in (0, 1)
@@ -48,35 +49,25 @@ def _trainer(backbone: Backbone, learner: Learner, **settings: object) -> Traine
 def test_the_loss_is_transformers_own_on_the_answers(
     backbone: Backbone, inventory: Inventory, examples: list[Example]
 ) -> None:
-    (batch,) = _batches(backbone, examples, 1)
-    ours = _trainer(backbone, _learner(inventory)).loss(batch, learner=FixedLearner(None))
-    logits = backbone.model(input_ids=batch.tokens).logits
-    log_probabilities = torch.log_softmax(logits.float(), -1).flatten(0, 1)[batch.positions]
-    chosen = log_probabilities.gather(1, batch.targets[:, None])[:, 0]
-    torch.testing.assert_close(ours, -(chosen * batch.weights).sum())
+    encoded = _encoded(backbone, examples)[:4]
+    ours = _trainer(backbone, _learner(inventory)).loss(collate(encoded), learner=FixedLearner(None))
+    losses = []
+    for example in encoded:
+        tokens = torch.tensor([[*example.prompt, *example.answers[0]]])
+        labels = tokens.clone()
+        labels[:, : len(example.prompt)] = -100
+        losses.append(backbone.model(input_ids=tokens, labels=labels).loss)
+    torch.testing.assert_close(ours, torch.stack(losses).mean())
 
 
 def test_a_mixed_batch_has_the_mean_loss_of_its_rows_alone(
     backbone: Backbone, inventory: Inventory, examples: list[Example]
 ) -> None:
-    (batch,) = _batches(backbone, examples, 1)
-    assert len(batch.tasks) == 2
+    encoded = _encoded(backbone, examples)[10:14]
+    assert {example.task for example in encoded} == {0, 1}
     trainer = _trainer(backbone, _learner(inventory))
-    rows = []
-    width = batch.tokens.shape[1]
-    for row in range(4):
-        own = (batch.positions // width) == row
-        rows.append(
-            Batch(
-                batch.tokens[row : row + 1],
-                batch.tasks[batch.rows[row : row + 1]],
-                torch.tensor([0]),
-                batch.positions[own] - row * width,
-                batch.targets[own],
-                batch.weights[own] * 4,
-            )
-        )
-    assert trainer.evaluate(rows) == pytest.approx(trainer.evaluate([batch]), rel=1e-5)
+    alone = [collate([example]) for example in encoded]
+    assert trainer.evaluate(alone) == pytest.approx(trainer.evaluate([collate(encoded)]), rel=1e-5)
 
 
 def test_training_learns_and_leaves_the_backbone_alone(
@@ -94,8 +85,7 @@ def test_routing_alone_moves_nothing_else(backbone: Backbone, inventory: Invento
     skills = learner.skills()
     trainer = _trainer(backbone, learner)
     routing = learner.routing.detach().clone()
-    (batch,) = _batches(backbone, examples, 1)
-    trainer.step(Batch(**{**vars(batch), "tasks": torch.tensor([0]), "rows": torch.zeros(4, dtype=torch.long)}))
+    trainer.step(collate(_encoded(backbone, examples)[:4]))
     assert not torch.equal(learner.routing, routing)
     for before, after in zip(skills, learner.skills(), strict=True):
         assert all(torch.equal(before[name], after[name]) for name in before)
