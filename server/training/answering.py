@@ -17,7 +17,7 @@ _KEY = "evaluated"  # the one adapter of a call
 _MARK_TOKENS = 16  # the last tokens of an answer, in which the end mark is looked for
 _CPU_BATCH, _CPU_CHUNK = 32, 512
 _GPU_BATCH, _GPU_CHUNK = 128, 8192
-_GPU_CACHED_TOKENS = 131_072  # most keys and values to hold at once
+_GPU_CACHED_TOKENS = 65_536  # most keys and values to hold at once
 
 
 class Answerer:
