@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -91,14 +91,64 @@ def list_inventories(data_dir: DataDir = None, as_json: JsonFlag = False) -> Non
 
 @inventory.command("show")
 @guarded
-def show_inventory(name: str, data_dir: DataDir = None, as_json: JsonFlag = False) -> None:
-    """One inventory."""
-    with closing(_open(data_dir)) as opened:
-        found = asdict(opened.get_inventory(name))
+def show_inventory(
+    name: Annotated[str, typer.Argument(metavar="NAME_OR_PATH", help="A stored inventory, or an inventory file")],
+    plot: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Draw the routing of its tasks to this .png, .svg or .pdf")
+    ] = None,
+    data_dir: DataDir = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """One inventory, with how its tasks are routed: entropy in nats and as a fraction of ln K, use of each skill."""
+    from server.adapters.inventory import Inventory
+    from server.adapters.routing_plot import plot_routing
+    from server.adapters.routing_statistics import RoutingStatistics
+    from server.plotting import check_plot_file
+
+    if plot is not None:
+        check_plot_file(plot)
+    fields, data = _file_fields(Path(name)) if Path(name).is_file() else _stored_fields(name, data_dir)
+    statistics = RoutingStatistics.of(Inventory.from_bytes(data))
+    if plot is not None:
+        if statistics is None:
+            fail(f"{name} brings no tasks, so there is no routing to draw")
+        plot_routing(statistics, plot)
+    routing = None if statistics is None else statistics.as_document()
     if as_json:
-        print_json(found)
-    else:
-        print_fields(found)
+        print_json(fields | {"routing": routing})
+        return
+    print_fields(fields)
+    if routing is not None:
+        _print_routing(routing)
+
+
+def _stored_fields(name: str, data_dir: Path | None) -> tuple[dict[str, Any], bytes]:
+    """What is known of a stored inventory, and its document."""
+    with closing(_open(data_dir)) as opened:
+        record = opened.get_inventory(name)
+        return asdict(record), opened.blobs.get(record.digest)
+
+
+def _file_fields(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The same of an inventory file."""
+    from adapters_store.blobs import digest_of
+    from server.adapters.inventory import Inventory
+    from server.inventories import catalog_fields
+
+    data = path.read_bytes()
+    about = catalog_fields(Inventory.from_bytes(data))
+    return {"name": path.stem, "digest": digest_of(data), "size_bytes": len(data)} | about, data
+
+
+def _print_routing(routing: dict[str, Any]) -> None:
+    uses = ", ".join(f"{use:.3f}" for use in routing["skill_use"])
+    typer.echo(f"\nrouting of {len(routing['tasks'])} tasks; use of the skills: {uses}")
+    rows = [(task, about["entropy"], about["entropy_fraction"]) for task, about in routing["tasks"].items()]
+    rows.append(("mean", routing["entropy"], routing["entropy_fraction"]))
+    print_table(
+        ("task", "entropy, nats", "of ln K"),
+        ((task, f"{entropy:.3f}", f"{fraction:.3f}") for task, entropy, fraction in rows),
+    )
 
 
 @inventory.command("verify")

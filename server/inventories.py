@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from adapters_store.blobs import digest_of
 from adapters_store.errors import NotFound as StoreNotFound
@@ -66,19 +67,26 @@ def import_inventory(
     record = store.add_inventory(
         name,
         data,
-        backbone_fingerprint=inventory.backbone_fingerprint,
-        num_skills=inventory.num_skills,
-        num_heads=inventory.num_heads,
-        rank=inventory.rank,
-        alpha=inventory.alpha,
-        metadata={
+        tasks=seeds,
+        **catalog_fields(inventory),
+    )
+    return Imported(record, tuple(seed.id for seed in seeds))
+
+
+def catalog_fields(inventory: Inventory) -> dict[str, Any]:
+    """What the catalog keeps of an inventory beside its document."""
+    return {
+        "backbone_fingerprint": inventory.backbone_fingerprint,
+        "num_skills": inventory.num_skills,
+        "num_heads": inventory.num_heads,
+        "rank": inventory.rank,
+        "alpha": inventory.alpha,
+        "metadata": {
             "backbone_name": inventory.backbone_name,
             "prompt_format": inventory.prompt_format,
             "training": dict(inventory.training),
         },
-        tasks=seeds,
-    )
-    return Imported(record, tuple(seed.id for seed in seeds))
+    }
 
 
 def bundled_names(folder: Path = BUNDLED_FOLDER) -> list[str]:

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -56,8 +57,30 @@ def test_an_inventory_is_imported_listed_shown_and_verified(mhr: CliRunner, inve
     [listed] = json.loads(run(mhr, "inventory", "list", "--json").output)
     assert (listed["name"], listed["num_heads"]) == ("tiny", 4)
     assert "tiny" in run(mhr, "inventory", "list").output
-    assert json.loads(run(mhr, "inventory", "show", "tiny", "--json").output) == listed
+    shown = json.loads(run(mhr, "inventory", "show", "tiny", "--json").output)
+    assert {name: shown[name] for name in listed} == listed
     assert json.loads(run(mhr, "inventory", "verify", "tiny", "--json").output)["tasks"] == ["capital", "rhyme"]
+
+
+def test_an_inventory_shows_how_its_tasks_are_routed(mhr: CliRunner, inventory_file: Path, tmp_path: Path) -> None:
+    run(mhr, "inventory", "import", inventory_file, "--name", "tiny")
+    stored = json.loads(run(mhr, "inventory", "show", "tiny", "--json").output)
+    of_file = json.loads(run(mhr, "inventory", "show", inventory_file, "--json").output)
+    assert of_file | {"created_at": stored["created_at"]} == stored
+    assert 0 < stored["routing"]["entropy_fraction"] < 1
+    assert set(stored["routing"]["tasks"]) == {"capital", "rhyme"}
+    picture = tmp_path / "routing.png"
+    lines = run(mhr, "inventory", "show", inventory_file, "--plot", picture).output.splitlines()
+    assert any(line.startswith("mean ") for line in lines)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_inventory_without_tasks_has_no_routing_to_draw(mhr: CliRunner, backbone: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "bare.safetensors"
+    path.write_bytes(replace(random_inventory(backbone), routings={}, tasks={}).to_bytes())
+    assert json.loads(run(mhr, "inventory", "show", path, "--json").output)["routing"] is None
+    assert "no routing to draw" in run(mhr, "inventory", "show", path, "--plot", tmp_path / "a.png", code=1).output
+    assert "ends with none of these" in run(mhr, "inventory", "show", path, "--plot", tmp_path / "a.txt", code=1).output
 
 
 def test_an_inventory_of_another_backbone_is_refused_with_both_fingerprints(
