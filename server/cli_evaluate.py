@@ -1,4 +1,4 @@
-"""The command that compares methods on tasks, without a server."""
+"""Commands that compare methods on tasks, without a server: evaluate, evaluate-report."""
 
 from __future__ import annotations
 
@@ -17,9 +17,15 @@ if TYPE_CHECKING:
     pass
 
 
+PlotFile = Annotated[
+    Path | None, typer.Option("--plot", dir_okay=False, help="Draw the scores to this .png, .svg or .pdf")
+]
+
+
 def add_to(app: typer.Typer) -> None:
-    """Register the command."""
+    """Register the commands."""
     app.command()(evaluate)
+    app.command("evaluate-report")(evaluate_report)
 
 
 @guarded
@@ -51,6 +57,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the scores; run again with the same to go on")
     ] = None,
+    plot: PlotFile = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Compare methods on tasks: adapt on a few examples, answer other instances, score the answers.
@@ -58,12 +65,14 @@ def evaluate(
     The folder holds task files as for pre-training, scored with ROUGE-L, or rank-classification sets, scored with
     accuracy. The backbone is MHR_BACKBONE, the device MHR_DEVICE.
     """
+    from server.plotting import check_plot_file
     from server.settings import load_settings
     from server.training.evaluate import evaluate as run
     from server.training.evaluation_plan import BackboneSource, EvaluateConfig
-    from server.training.report import as_document, as_markdown, make_tables
-    from server.training.scores import Score, read_scores
+    from server.training.scores import read_scores
 
+    if plot is not None:
+        check_plot_file(plot)
     settings = load_settings()
     config = EvaluateConfig(
         data=data,
@@ -90,10 +99,38 @@ def evaluate(
 
         scores = run(config, Path(folder), workers, begin, show)
         recorded, _ = read_scores([Path(folder)])
+    _show(recorded, scores, plot, as_json=as_json)
+
+
+@guarded
+def evaluate_report(
+    runs: Annotated[
+        list[Path], typer.Argument(exists=True, file_okay=False, help="Folders that `mhr evaluate --out` wrote")
+    ],
+    plot: PlotFile = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show the scores of one or several runs, finished or not, as one table for each number of examples.
+
+    Runs are put together where their settings agree; of a score that two of them have, the first stands.
+    """
+    from server.training.scores import read_scores
+
+    settings, scores = read_scores(runs)
+    _show(settings, scores, plot, as_json=as_json)
+
+
+def _show(settings: RunSettings, scores: Sequence[Score], plot: Path | None, *, as_json: bool) -> None:
+    from server.training.report import as_document, as_markdown, make_tables
+    from server.training.report_plot import plot_tables
+
+    tables = make_tables(scores)
+    if plot is not None:
+        plot_tables(tables, plot)
     if as_json:
-        print_json(as_document(recorded, scores))
+        print_json(as_document(settings, scores))
     else:
-        typer.echo(as_markdown(make_tables(scores)))
+        typer.echo(as_markdown(tables))
 
 
 def _folder(out: Path | None) -> AbstractContextManager[Any]:
@@ -121,11 +158,11 @@ def _inventories(given: Sequence[str]) -> dict[str, bytes]:
             name, source = UNNAMED, text
         if name in inventories:
             fail(f"--inventory: {name or 'an inventory without a name'} is given twice; write NAME=PATH for others")
-        inventories[name] = read_inventory(source)
+        inventories[name] = _read_inventory(source)
     return inventories
 
 
-def read_inventory(source: str) -> bytes:
+def _read_inventory(source: str) -> bytes:
     """An inventory file's bytes, or those of a name in the data directory."""
     if Path(source).is_file():
         return Path(source).read_bytes()

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from statistics import mean, median, stdev
 from typing import Any
 
+from server.training.columns import METHODS
 from server.training.scores import RunSettings, Score
 
 _METRICS = {"rouge_l": "ROUGE-L", "accuracy": "accuracy"}
@@ -56,7 +57,7 @@ class Table:
 
 
 def make_tables(scores: Sequence[Score]) -> list[Table]:
-    """One table for each number of examples, fewest first; methods and tasks in the order of the scores."""
+    """One table for each number of examples, fewest first; whatever the order of the scores."""
     numbers = sorted({score.examples for score in scores} - {0}) or [0]
     return [_make_table(number, [s for s in scores if s.examples in (0, number)]) for number in numbers]
 
@@ -83,10 +84,16 @@ def short_names(tasks: Sequence[str]) -> dict[str, str]:
 
 def _make_table(examples: int, scores: Sequence[Score]) -> Table:
     tasks = {score.task: _METRICS[score.metric] for score in sorted(scores, key=lambda score: score.task)}
-    methods = dict.fromkeys(score.method for score in scores)
+    methods = sorted({score.method for score in scores}, key=_method_order)
     rows = tuple(_make_row(method, list(tasks), [s for s in scores if s.method == method]) for method in methods)
     devices = sorted({score.device for score in scores if score.adaptation} or {score.device for score in scores})
     return Table(examples, tasks, rows, tuple(devices))
+
+
+def _method_order(column: str) -> tuple[int, str]:
+    """As METHODS lists them, then by inventory."""
+    method, _, inventory = column.partition("@")
+    return METHODS.index(method), inventory
 
 
 def _make_row(method: str, tasks: Sequence[str], scores: Sequence[Score]) -> MethodRow:

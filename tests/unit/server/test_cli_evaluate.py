@@ -19,8 +19,8 @@ def mhr(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cl
     return CliRunner()
 
 
-def run(mhr: CliRunner, *arguments: object, code: int = 0) -> Result:
-    result = mhr.invoke(app, ["evaluate", *(str(argument) for argument in arguments)])
+def run(mhr: CliRunner, *arguments: object, command: str = "evaluate", code: int = 0) -> Result:
+    result = mhr.invoke(app, [command, *(str(argument) for argument in arguments)])
     assert result.exit_code == code, (result.output, result.exception)
     return result
 
@@ -93,3 +93,28 @@ def test_an_inventory_given_twice_is_refused(mhr: CliRunner, tasks: Path, invent
     many, flat = inventory_files
     output = run(mhr, "--data", tasks, "--inventory", many, "--inventory", flat, code=1).output
     assert "given twice; write NAME=PATH" in output
+
+
+def test_runs_are_reported_together_as_table_json_and_plot(mhr: CliRunner, tasks: Path, tmp_path: Path) -> None:
+    for task in ("one", "two"):
+        run(
+            mhr, "--data", tasks, "--tasks", task, "--methods", "base,demos", "--examples", 2, "--instances", 2,
+            "--max-new-tokens", 2, "--out", tmp_path / task, "--plot", tmp_path / f"{task}.png",
+        )  # fmt: skip
+        assert (tmp_path / f"{task}.png").read_bytes().startswith(b"\x89PNG")
+    both = (tmp_path / "one", tmp_path / "two", "--plot", tmp_path / "both.svg")
+    assert "| method | one | two | mean |" in run(mhr, *both, command="evaluate-report").stdout
+    assert (tmp_path / "both.svg").exists()
+    document = json.loads(run(mhr, *both[:2], "--json", command="evaluate-report").stdout)
+    assert len(document["scores"]) == 4
+    assert set(document["settings"]["tasks"]) == {"one", "two"}
+
+
+def test_a_plot_of_an_unknown_format_is_refused_before_the_work(mhr: CliRunner, tasks: Path, tmp_path: Path) -> None:
+    output = run(mhr, "--data", tasks, "--methods", "base", "--plot", "a.txt", "--out", tmp_path / "r", code=1).output
+    assert "ends with none of these" in output
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_folder_that_is_no_run_is_refused(mhr: CliRunner, tmp_path: Path) -> None:
+    assert "holds no scores" in run(mhr, tmp_path, command="evaluate-report", code=1).output

@@ -82,6 +82,13 @@ def test_methods_without_examples_alone_have_a_table() -> None:
     assert table.examples == 0
 
 
+def test_rows_and_columns_stand_in_one_order_whatever_was_done_first() -> None:
+    names = ["lora", "poly-mu@soup", "mhr", "poly-mu@a", "base"]
+    [table] = make_tables([_score(method, task, 0, 1.0) for method in names for task in ("b", "a")])
+    assert [row.method for row in table.rows] == ["base", "mhr", "poly-mu@a", "poly-mu@soup", "lora"]
+    assert list(table.tasks) == ["a", "b"]
+
+
 def test_short_names_stay_unambiguous() -> None:
     assert short_names(["task1_a", "task2_b", "x_1", "x_2"]) == {
         "task1_a": "task1",
