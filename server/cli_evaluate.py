@@ -14,8 +14,7 @@ import typer
 from server.cli_output import JsonFlag, TaskFolder, fail, guarded, print_json, progress_bar
 
 if TYPE_CHECKING:
-    pass
-
+    from server.training.scores import RunSettings, Score
 
 PlotFile = Annotated[
     Path | None, typer.Option("--plot", dir_okay=False, help="Draw the scores to this .png, .svg or .pdf")
