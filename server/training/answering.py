@@ -73,6 +73,7 @@ class Answerer:
             max_context=context,
             max_queue=1_000_000,
             prefill_chunk=_CPU_CHUNK if on_cpu else _GPU_CHUNK,
+            busy_prefill_chunk=None,  # nobody waits for the next token of an answer that is already running
         )
         return Engine(Runner(backbone.model, inject(backbone.model), config), config, backbone.eos_token_ids)
 

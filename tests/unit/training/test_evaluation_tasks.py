@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -114,3 +115,20 @@ def test_the_digest_tells_contents_apart() -> None:
         )
         == 3
     )
+
+
+@pytest.mark.skipif("MHR_TEST_DATA" not in os.environ, reason="MHR_TEST_DATA names no folder with superni and p3")
+def test_real_tasks_are_read_in_both_formats() -> None:
+    folder = Path(os.environ["MHR_TEST_DATA"])
+    generating, ranking = read_evaluation_tasks(folder / "superni" / "test"), read_evaluation_tasks(folder / "p3")
+    assert all(len(draw(task, [8, 32], 100, seed=0)[32].instances) == 100 for task in generating)
+    assert {task.name: task.choices for task in ranking} == {
+        "CB": ("entailment", "contradiction", "neutral"),
+        "COPA": ("A", "B"),
+        "RTE": ("contradiction", "entailment"),
+    }
+    assert {task.name: len(draw(task, [32], 1000, seed=0)[32].instances) for task in ranking} == {
+        "CB": 56,
+        "COPA": 100,
+        "RTE": 277,
+    }
