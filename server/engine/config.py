@@ -16,7 +16,6 @@ _LEAST = {
     "max_queue": 1,
     "prefill_chunk": 1,
     "busy_prefill_chunk": 1,
-    "busy_prefill_per_row": 0,
     "prefix_cache_bytes": 0,
     "adapter_slots": 1,
     "threads": 1,
@@ -31,9 +30,7 @@ class EngineConfig:
     max_context: int = 2048  # tokens of one sequence, prompt and answer together
     max_queue: int = 1024  # requests waiting
     prefill_chunk: int = 256  # prompt tokens computed in one step, over all sequences
-    # The same while most sequences decode, and how much more per sequence that does; None: the same as prefill_chunk.
-    busy_prefill_chunk: int | None = 32
-    busy_prefill_per_row: int = 2
+    busy_prefill_chunk: int | None = 32  # while most sequences decode, before what the scheduler adds; None: no less
     prefix_cache_bytes: int = 512 * 2**20  # for prompt prefixes that were computed before; 0 keeps none
     adapter_slots: int | None = None  # resident adapters; None: one per sequence
     threads: int | None = None  # of the computation on CPU; None: torch's own choice

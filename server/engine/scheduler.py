@@ -16,6 +16,10 @@ from server.errors import Unavailable
 
 # A sequence waits for another's prefix while what is left of the other is at most so many times what it would save.
 _PATIENCE = 2
+# Prompt tokens of a step beside sequences that decode: more for each of them, since the step is longer anyway, and for
+# each further prompt, since more are waiting.
+_MORE_PER_DECODE = 2
+_MORE_PER_PROMPT = 8
 
 
 class QueueFull(Unavailable):
@@ -202,7 +206,8 @@ class Scheduler:
         config = self._config
         if config.busy_prefill_chunk is None or num_prefilling > num_decode:
             return config.prefill_chunk
-        return min(config.prefill_chunk, config.busy_prefill_chunk + num_decode * config.busy_prefill_per_row)
+        more = _MORE_PER_DECODE * num_decode + _MORE_PER_PROMPT * (num_prefilling - 1)
+        return min(config.prefill_chunk, config.busy_prefill_chunk + more)
 
     def _ready(self, prefilling: list[Sequence]) -> list[Sequence]:
         """The sequences that should compute now; those that have not begun know then what they need not compute."""

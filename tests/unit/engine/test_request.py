@@ -43,7 +43,7 @@ def test_an_empty_prompt_and_empty_scores_are_refused() -> None:
     [
         *((name, 0) for name in ("max_batch", "max_context", "max_queue", "adapter_slots", "threads")),
         *((name, 0) for name in ("prefill_chunk", "busy_prefill_chunk")),
-        *((name, -1) for name in ("busy_prefill_per_row", "prefix_cache_bytes")),
+        ("prefix_cache_bytes", -1),
     ],
 )
 def test_an_impossible_engine_setting_is_refused_by_name(field: str, value: int) -> None:

@@ -117,7 +117,7 @@ def test_prompts_compute_all_they_may_while_they_are_the_majority() -> None:
     running(scheduler, 3)
     for number in range(3):
         scheduler.add(make("long", number, prompt=1500))
-    assert scheduler.schedule().num_prefill_tokens == 32 + 2 * 3
+    assert scheduler.schedule().num_prefill_tokens == 32 + 2 * 3 + 8 * 2
     scheduler.add(make("long", 3, prompt=1500))
     assert scheduler.schedule().num_prefill_tokens == 256
 
