@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -30,6 +30,7 @@ from server.training.learners import (
 )
 from server.training.sampling import BatchSampler
 from server.training.trainer import Trainer, TrainerConfig
+from server.training.validation import Validation
 
 _VALIDATION_BATCH = 16
 
@@ -77,7 +78,7 @@ class Hyperparameters(BaseModel):
     steps: int = Field(default=60, ge=1, le=10_000, description="most steps; early stopping may end sooner")
     batch_size: int = Field(default=8, ge=1, le=256, description="examples a step")
     adapter_lr: float = Field(default=3e-3, gt=0, le=1, description="peak learning rate of skills and adapters")
-    routing_lr: float = Field(default=0.1, gt=0, le=10, description="peak learning rate of routing logits")
+    routing_lr: float = Field(default=0.3, gt=0, le=10, description="peak learning rate of routing logits")
     warmup: float = Field(default=0.06, ge=0, le=1, description="fraction of the steps that the learning rate rises")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
@@ -102,11 +103,25 @@ class AdaptSpec:
 
 
 @dataclass(frozen=True)
+class Served:
+    """What answers for a task before it is adapted: an adapter, or None for the bare backbone, and its prompt."""
+
+    adapter: Adapter | None
+    instruction: str
+    prompt_format: str
+
+
+@dataclass(frozen=True)
 class AdaptResult:
-    """What was learnt: a routing (L, h, K) for the `-z` methods, else an adapter of its own."""
+    """What was learnt: a routing (L, h, K) for the `-z` methods, else an adapter of its own.
+
+    `before` and `after` are of the same held-out examples: what was served, and what was learnt.
+    """
 
     routing: Tensor | None
     adapter: Adapter | None
+    before: Validation
+    after: Validation
     metrics: dict[str, Any]
 
 
@@ -145,30 +160,32 @@ def adapt(
     spec: AdaptSpec,
     backbone: Backbone,
     inventory: Inventory | None,
-    served: Adapter | None,
+    served: Served | None,
     context: JobContext,
     checkpoint: bytes | None = None,
 ) -> AdaptResult:
     """Learn a task; the state that did best on the validation part is what is returned.
 
-    `served` is the adapter to compare with: of the version served now, or the mean, or None for the
-    bare backbone. Raises InvalidInput for examples over the context, Stopped when told to stop.
+    `served` is what to compare with; None is the bare backbone. Raises InvalidInput for examples over the
+    context, Stopped when told to stop.
     """
     began = time.perf_counter()
-    train, validation = _encode(spec, backbone)
+    train, validation = _encode_split(spec, backbone)
     learner = make_learner(spec, backbone, inventory)
     trainer = Trainer(backbone.model, inject(backbone.model), learner, _trainer_config(spec))
-    before = _reference_loss(trainer, served, validation)
-    context.report("validation", {"step": 0, "loss": before, "of": "served"})
+    before = _validate_served(trainer, served, spec, backbone)
+    context.report("validation", {"step": 0, "of": "served", **asdict(before)})
     search = _Search(trainer, validation, spec.hyperparameters, context)
     if checkpoint is not None:
         search.load(checkpoint)
         context.report("from_checkpoint", {"step": trainer.step_count})
     search.run(BatchSampler(train, spec.hyperparameters.batch_size, spec.seed))
-    search.restore_best()
+    after = search.restore_best()
     metrics = {
-        "loss_before": before,
-        "loss_after": search.best_loss,
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "loss_before": before.loss,
+        "loss_after": after.loss,
         "best_step": search.best_step,
         "steps": trainer.step_count,
         "train_examples": len(train),
@@ -176,7 +193,7 @@ def adapt(
         "trained_parameters": sum(p.numel() for p in learner.parameters() if p.requires_grad),
         "seconds": round(time.perf_counter() - began, 1),
     }
-    return _result(spec.method, learner, metrics)
+    return _result(spec.method, learner, before, after, metrics)
 
 
 def make_learner(spec: AdaptSpec, backbone: Backbone, inventory: Inventory | None) -> Learner:
@@ -210,12 +227,12 @@ class _Search:
         self._validation = validation
         self._settings = settings
         self._context = context
-        self._best: Mapping[str, Tensor] = {}
-        self.best_loss = float("inf")
+        self._best: Validation | None = None
+        self._best_parameters: Mapping[str, Tensor] = {}
         self.best_step = 0
 
     def run(self, sampler: BatchSampler) -> None:
-        if not self._best:
+        if self._best is None:
             self._validate()
         for batch in sampler.from_step(self._trainer.step_count):
             if self._done():
@@ -232,11 +249,14 @@ class _Search:
 
     def load(self, checkpoint: bytes) -> None:
         """Go on from a checkpoint of the same adaptation."""
-        notes, self._best = self._trainer.load_bytes(checkpoint)
-        self.best_loss, self.best_step = notes["best_loss"], notes["best_step"]
+        notes, self._best_parameters = self._trainer.load_bytes(checkpoint)
+        self._best, self.best_step = Validation(**notes["best"]), notes["best_step"]
 
-    def restore_best(self) -> None:
-        self._trainer.load_parameters(self._best)
+    def restore_best(self) -> Validation:
+        """Put the best state back; returns how good it is."""
+        assert self._best is not None
+        self._trainer.load_parameters(self._best_parameters)
+        return self._best
 
     def _done(self) -> bool:
         step = self._trainer.step_count
@@ -244,30 +264,43 @@ class _Search:
         return step >= self._settings.steps or waited >= self._settings.patience * self._settings.evaluate_every
 
     def _validate(self) -> None:
-        loss = self._trainer.evaluate(self._validation)
+        validation = self._trainer.validate(self._validation)
         step = self._trainer.step_count
-        self._context.report("validation", {"step": step, "loss": round(loss, 5), "of": "learner"})
-        if loss < self.best_loss:
-            self.best_loss, self.best_step = loss, step
-            self._best = self._trainer.copy_parameters()
+        self._context.report("validation", {"step": step, "of": "learner", **asdict(validation)})
+        if self._best is None or validation.better_than(self._best):
+            self._best, self.best_step = validation, step
+            self._best_parameters = self._trainer.copy_parameters()
 
     def _state(self) -> bytes:
-        return self._trainer.to_bytes({"best_loss": self.best_loss, "best_step": self.best_step}, self._best)
+        assert self._best is not None
+        return self._trainer.to_bytes({"best": asdict(self._best), "best_step": self.best_step}, self._best_parameters)
 
 
-def _encode(spec: AdaptSpec, backbone: Backbone) -> tuple[list[EncodedExample], list[Batch]]:
-    def encode(examples: tuple[Example, ...], place: str) -> list[EncodedExample]:
-        return encode_examples(
-            backbone.tokenizer,
-            examples,
-            task=0,
-            instruction=spec.instruction,
-            prompt_format=spec.prompt_format,
-            context_length=backbone.context_length,
-            place=place,
-        )
+def _encode_split(spec: AdaptSpec, backbone: Backbone) -> tuple[list[EncodedExample], list[Batch]]:
+    train = _encode(spec.examples, "examples", spec.instruction, spec.prompt_format, backbone)
+    held_out = _encode(spec.validation, "validation", spec.instruction, spec.prompt_format, backbone)
+    return train, validation_batches(held_out)
 
-    return encode(spec.examples, "examples"), validation_batches(encode(spec.validation, "validation"))
+
+def _encode(
+    examples: tuple[Example, ...], place: str, instruction: str, prompt_format: str, backbone: Backbone
+) -> list[EncodedExample]:
+    return encode_examples(
+        backbone.tokenizer,
+        examples,
+        task=0,
+        instruction=instruction,
+        prompt_format=prompt_format,
+        context_length=backbone.context_length,
+        place=place,
+    )
+
+
+def _validate_served(trainer: Trainer, served: Served | None, spec: AdaptSpec, backbone: Backbone) -> Validation:
+    """The held-out examples under what is served, with the prompt that it was made for."""
+    served = served or Served(None, spec.instruction, spec.prompt_format)
+    encoded = _encode(spec.validation, "validation", served.instruction, served.prompt_format, backbone)
+    return trainer.validate(validation_batches(encoded), FixedLearner(served.adapter))
 
 
 def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
@@ -284,14 +317,12 @@ def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
     )
 
 
-def _reference_loss(trainer: Trainer, served: Adapter | None, validation: Sequence[Batch]) -> float:
-    return round(trainer.evaluate(validation, FixedLearner(served)), 5)
-
-
-def _result(method: Method, learner: Learner, metrics: dict[str, Any]) -> AdaptResult:
+def _result(
+    method: Method, learner: Learner, before: Validation, after: Validation, metrics: dict[str, Any]
+) -> AdaptResult:
     if isinstance(learner, PlainLearner):
-        return AdaptResult(routing=None, adapter=learner.adapter(), metrics=metrics)
+        return AdaptResult(None, learner.adapter(), before, after, metrics)
     assert isinstance(learner, RoutedLearner)
     if method.routing_alone:
-        return AdaptResult(routing=learner.routing[0].detach().cpu(), adapter=None, metrics=metrics)
-    return AdaptResult(routing=None, adapter=learner.adapter(0), metrics=metrics)
+        return AdaptResult(learner.routing[0].detach().cpu(), None, before, after, metrics)
+    return AdaptResult(None, learner.adapter(0), before, after, metrics)

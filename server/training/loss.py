@@ -1,4 +1,4 @@
-"""What training makes smaller: the negative log-likelihood of the answers."""
+"""What training looks at: the answers of a batch, how likely the model finds them and which it would choose."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from server.training.attention import PackedAttention
 from server.training.batches import Batch
 
 
-def answer_loss(
+def answer_logits(
     model: PreTrainedModel,
     context: AdapterContext,
     attention: PackedAttention,
     adapters: Mapping[str, tuple[Tensor, Tensor]],
     batch: Batch,
 ) -> Tensor:
-    """Mean negative log-likelihood of a batch's answers, in nats: over a sequence's tokens, then over sequences.
+    """Logits (P, vocabulary) in fp32 at the P places whose next token is an answer's.
 
     `adapters` {linear: A (N, d_in, r), B (N, r, d_out)} are those of batch.tasks (N may be 1 for all tasks).
     """
@@ -31,6 +31,15 @@ def answer_loss(
         )[0]  # (1, S, d)
     # Logits only where the loss reads them: over all tokens they would cost a quarter of what the layers do.
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
-    logits: Tensor = head(states[0].index_select(0, batch.answers))  # (P, vocabulary)
-    losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
-    return (losses * batch.weights).sum()
+    logits: Tensor = head(states[0].index_select(0, batch.answers))
+    return logits.float()
+
+
+def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
+    """Mean negative log-likelihood of a batch's answers, in nats: over a sequence's tokens, then over sequences."""
+    return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+
+
+def answer_accuracy(logits: Tensor, batch: Batch) -> Tensor:
+    """The share of the answers' tokens that have the highest logit, averaged in the same way."""
+    return ((logits.argmax(dim=-1) == batch.targets) * batch.weights).sum()

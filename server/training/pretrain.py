@@ -208,7 +208,7 @@ class _Run:
         """Mean loss of each task's held-out part, in nats per answer token; each process computes some."""
         losses = torch.zeros(len(self._data.tasks), device=self._trainer.device)
         for task in range(self._processes.rank, len(losses), self._processes.world_size):
-            losses[task] = self._trainer.evaluate([self._data.validation[task]])
+            losses[task] = self._trainer.validate([self._data.validation[task]]).loss
         values = self._processes.add_up(losses).tolist()
         return {task.task: round(loss, 4) for task, loss in zip(self._data.tasks, values, strict=True)}
 

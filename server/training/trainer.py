@@ -17,8 +17,9 @@ from server.training.batches import Batch
 from server.training.checkpoint import Checkpoint, describe_differences
 from server.training.distributed import ALONE, Processes
 from server.training.learners import Learner
-from server.training.loss import answer_loss
+from server.training.loss import answer_accuracy, answer_logits, answer_loss
 from server.training.optimizers import OptimizerName, load_state, make_optimizer, state_tensors
+from server.training.validation import Validation
 
 
 @dataclass(frozen=True)
@@ -82,20 +83,27 @@ class Trainer:
         self.step_count += 1
         return total
 
-    def loss(self, batch: Batch, noise: torch.Generator | None = None, learner: Learner | None = None) -> Tensor:
+    def loss(self, batch: Batch, noise: torch.Generator | None = None) -> Tensor:
         """Mean negative log-likelihood of the answers: over a sequence's tokens, then over sequences."""
         batch = batch.to(self.device)
-        adapters = (learner or self.learner).adapters(batch.tasks, self.model.dtype, noise)
-        return answer_loss(self.model, self.context, self._attention, adapters, batch)
+        return answer_loss(self._logits(batch, self.learner, noise), batch)
 
     @torch.inference_mode()
-    def evaluate(self, batches: Iterable[Batch], learner: Learner | None = None) -> float:
-        """Mean loss over batches, each sequence counting alike; of another learner where one is given."""
-        total, sequences = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in batches:
-            total += self.loss(batch, learner=learner) * batch.num_sequences
+    def validate(self, batches: Iterable[Batch], learner: Learner | None = None) -> Validation:
+        """Of held-out batches, each sequence counting alike; of another learner where one is given."""
+        totals, sequences = torch.zeros(2, dtype=torch.float64, device=self.device), 0
+        for host_batch in batches:
+            batch = host_batch.to(self.device)
+            logits = self._logits(batch, learner or self.learner, None)
+            scores = torch.stack((answer_accuracy(logits, batch), answer_loss(logits, batch)))
+            totals += scores * batch.num_sequences
             sequences += batch.num_sequences
-        return total.item() / sequences
+        accuracy, loss = (totals / sequences).tolist()
+        return Validation(round(accuracy, 5), round(loss, 5))
+
+    def _logits(self, batch: Batch, learner: Learner, noise: torch.Generator | None) -> Tensor:
+        adapters = learner.adapters(batch.tasks, self.model.dtype, noise)
+        return answer_logits(self.model, self.context, self._attention, adapters, batch)
 
     def _noise(self, place: int) -> torch.Generator | None:
         """The noise of a step's batch, or None.

@@ -14,14 +14,22 @@ from typing import Any
 from adapters_store.errors import LeaseLost, StoreError
 from adapters_store.records import InventoryRecord, JobRecord, VersionKind
 from adapters_store.store import Store
-from server.adapters.assembly import Adapter
 from server.adapters.blobs import adapter_to_bytes, routing_to_bytes
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.errors import AdapterUnavailable, Conflict, MHRError, NotFound
 from server.logs import get_logger
 from server.tasks import MEAN, TaskCatalog
-from server.training.adapt import AdaptResult, AdaptSpec, Hyperparameters, Method, Stopped, adapt, split_examples
+from server.training.adapt import (
+    AdaptResult,
+    AdaptSpec,
+    Hyperparameters,
+    Method,
+    Served,
+    Stopped,
+    adapt,
+    split_examples,
+)
 from server.training.examples import Example
 
 LEASE_S = 30.0
@@ -95,7 +103,7 @@ class Worker:
             spec,
             backbone,
             inventory,
-            _served_adapter(catalog, job.task_id),
+            _served(catalog, job.task_id, spec),
             lease,
             self._store.load_checkpoint(job.id),
         )
@@ -124,7 +132,7 @@ class Worker:
         else:
             assert result.adapter is not None
             kind, blob = "adapter", adapter_to_bytes(result.adapter, backbone.fingerprint)
-        promote = _promotes(job.request["promote"], result.metrics)
+        promote = _promotes(job.request["promote"], result)
         self._store.complete_job_with_version(
             job.id,
             self._worker_id,
@@ -252,7 +260,7 @@ def _examples(rows: list[dict[str, Any]]) -> list[Example]:
     return [Example(row["input"], tuple(row["output"])) for row in rows]
 
 
-def _served_adapter(catalog: TaskCatalog, task_id: str) -> Adapter | None:
+def _served(catalog: TaskCatalog, task_id: str, spec: AdaptSpec) -> Served | None:
     """What a new version has to beat: the served version, else the mean, else the bare backbone (None)."""
     for reference in (task_id, MEAN):
         try:
@@ -260,11 +268,14 @@ def _served_adapter(catalog: TaskCatalog, task_id: str) -> Adapter | None:
         except (NotFound, Conflict, AdapterUnavailable):
             continue
         resolved.release()
-        return None if resolved.pinned is None else resolved.pinned.adapter
+        adapter = None if resolved.pinned is None else resolved.pinned.adapter
+        # The mean belongs to no task: the new task's prompt is its prompt.
+        prompt = spec if reference == MEAN else resolved
+        return Served(adapter, prompt.instruction, prompt.prompt_format)
     return None
 
 
-def _promotes(promote: str, metrics: Mapping[str, Any]) -> bool:
+def _promotes(promote: str, result: AdaptResult) -> bool:
     if promote == "if_better":
-        return bool(metrics["loss_after"] < metrics["loss_before"])
+        return result.after.better_than(result.before)
     return promote == "always"

@@ -15,6 +15,7 @@ from server.training.adapt import (
     AdaptSpec,
     Hyperparameters,
     Method,
+    Served,
     Stopped,
     adapt,
     split_examples,
@@ -53,6 +54,10 @@ def _spec(examples: list[Example], method: str = "mhr", **settings: Any) -> Adap
     )
 
 
+def _served(adapter: Adapter | None, instruction: str = "Say it.") -> Served:
+    return Served(adapter, instruction, "definition-input-output")
+
+
 def _learnt(result: AdaptResult, inventory: Inventory) -> Adapter:
     if result.adapter is not None:
         return result.adapter
@@ -68,15 +73,18 @@ def test_every_method_learns_the_task(backbone: Backbone, examples: list[Example
         _spec(examples, method),
         backbone,
         inventory if method.needs_inventory else None,
-        mean_adapter(inventory),
+        _served(mean_adapter(inventory)),
         recorder,
     )
+    assert result.after.better_than(result.before)
     assert result.metrics["loss_after"] < result.metrics["loss_before"]
     assert (result.routing is not None) == method.routing_alone
     assert (result.adapter is not None) != method.routing_alone
     # What is returned is what was measured: the best state, not the last one.
-    again = adapt(_spec(examples, method, steps=1), backbone, inventory, _learnt(result, inventory), Recorder())
-    assert again.metrics["loss_before"] == pytest.approx(result.metrics["loss_after"], rel=1e-3)
+    served = _served(_learnt(result, inventory))
+    again = adapt(_spec(examples, method, steps=1), backbone, inventory, served, Recorder())
+    assert again.before.loss == pytest.approx(result.after.loss, rel=1e-3)
+    assert again.before.accuracy == pytest.approx(result.after.accuracy, abs=1e-3)
 
 
 def test_a_routing_alone_is_small_and_says_so(
@@ -98,6 +106,14 @@ def test_early_stopping_ends_sooner_and_keeps_the_best(
     )
     result = adapt(spec, backbone, inventory, None, Recorder())
     assert result.metrics["steps"] - result.metrics["best_step"] == 4
+
+
+def test_what_is_served_is_measured_with_its_own_instruction(backbone: Backbone, examples: list[Example]) -> None:
+    spec = _spec(examples, "lora", steps=1)
+    same = adapt(spec, backbone, None, _served(None), Recorder()).before
+    other = adapt(spec, backbone, None, _served(None, "Say something else."), Recorder()).before
+    assert adapt(spec, backbone, None, None, Recorder()).before == same
+    assert other.loss != same.loss
 
 
 def test_an_adaptation_taken_up_again_ends_as_if_it_had_not_stopped(

@@ -16,7 +16,7 @@ from server.errors import InvalidInput
 from server.training import attention
 from server.training.attention import PackedAttention
 from server.training.batches import EncodedExample, collate
-from server.training.loss import answer_loss
+from server.training.loss import answer_accuracy, answer_logits, answer_loss
 
 _SMALL = {
     "hidden_size": 32,
@@ -92,7 +92,8 @@ def _one_by_one(model: PreTrainedModel, adapters: Pairs, examples: Sequence[Enco
 
 
 def _packed(model: PreTrainedModel, adapters: Pairs, examples: Sequence[EncodedExample]) -> Tensor:
-    return answer_loss(model, inject(model), PackedAttention(model), adapters, collate(examples).to(model.device))
+    batch = collate(examples).to(model.device)
+    return answer_loss(answer_logits(model, inject(model), PackedAttention(model), adapters, batch), batch)
 
 
 def _compare(model: PreTrainedModel, examples: Sequence[EncodedExample], tolerance: float) -> None:
@@ -191,3 +192,13 @@ def test_bf16_on_a_gpu_is_near_fp32_on_a_cpu() -> None:
                 assert all(A.grad is not None and A.grad.isfinite().all() for A, _ in adapters.values())
                 losses.append(loss.item())
             assert losses[0] == pytest.approx(losses[1], abs=0.1)
+
+
+def test_accuracy_is_of_tokens_and_every_sequence_counts_alike() -> None:
+    batch = collate([EncodedExample(0, (1, 2), ((3, 4),)), EncodedExample(0, (1, 5), ((6,),))])
+    logits = torch.full((3, 8), -1.0)
+    for place, target in enumerate(batch.targets.tolist()):
+        logits[place, target] = 1.0
+    assert answer_accuracy(logits, batch).item() == pytest.approx(1.0)
+    logits[batch.targets.tolist().index(4)] = 0.0  # one of the two tokens of one of the two sequences
+    assert answer_accuracy(logits, batch).item() == pytest.approx(0.75)

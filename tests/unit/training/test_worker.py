@@ -113,7 +113,8 @@ def test_what_is_not_better_is_kept_but_not_served(store: Store, backbone: Backb
     _run(store, backbone, catalog)
     assert store.get_job(job.id).status == store.get_job(again.id).status == "succeeded"
     metrics = store.get_job(job.id).metrics
-    promoted = metrics["loss_after"] < metrics["loss_before"]
+    after = (metrics["accuracy_after"], -metrics["loss_after"])
+    promoted = after > (metrics["accuracy_before"], -metrics["loss_before"])
     assert store.get_task("rhyme").served_version == (2 if promoted else 1)
     assert [version.number for version in store.list_versions("rhyme")] == [1, 2, 3]
 

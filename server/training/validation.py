@@ -1,0 +1,25 @@
+"""How well held-out answers are predicted: what chooses a state of an adaptation, and which version is served."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Over held-out examples, each counting alike.
+
+    `accuracy` is the share of an answer's tokens, its end included, that the model would choose after the tokens
+    before them; `loss` is in nats per token.
+    """
+
+    accuracy: float
+    loss: float
+
+    def better_than(self, other: Validation) -> bool:
+        """More accurate, or as accurate with less loss.
+
+        Loss alone would stop too soon: a few examples make a model sure of itself, right or wrong, so that the
+        loss on others rises while more and more of their answers come out right.
+        """
+        return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)

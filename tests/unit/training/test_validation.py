@@ -1,0 +1,18 @@
+from __future__ import annotations
+
+import pytest
+
+from server.training.validation import Validation
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "better"),
+    [
+        (Validation(0.8, 2.0), Validation(0.7, 0.5), True),  # accuracy first
+        (Validation(0.7, 0.4), Validation(0.7, 0.5), True),  # then loss
+        (Validation(0.7, 0.5), Validation(0.7, 0.5), False),
+        (Validation(0.6, 0.1), Validation(0.7, 0.5), False),
+    ],
+)
+def test_accuracy_counts_before_loss(one: Validation, other: Validation, better: bool) -> None:
+    assert one.better_than(other) is better
