@@ -212,7 +212,7 @@ def make_learner(spec: AdaptSpec, backbone: Backbone, inventory: Inventory | Non
 
 
 def validation_batches(examples: Sequence[EncodedExample]) -> list[Batch]:
-    """Padded batches of similar length over all examples, in a fixed order."""
+    """Batches of similar length over all examples, in a fixed order."""
     ordered = sorted(examples, key=lambda example: example.length)
     return [collate(ordered[i : i + _VALIDATION_BATCH]) for i in range(0, len(ordered), _VALIDATION_BATCH)]
 

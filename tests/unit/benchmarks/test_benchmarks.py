@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from server.settings import Settings
+from server.training.batches import EncodedExample, collate
 from tests.support.tiny_server import LiveServer, write_tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -75,6 +76,31 @@ def test_training_step_times_both_trainers(
     document = run("bench_training_step.py", f"--backbone={tiny_model}", f"--cache-dir={tmp_path}", *SMALL, *sizes)
     assert set(document["results"]) == {"ours", "peft poly"}
     assert document["speed_over_peft_poly"] > 0
+
+
+def test_training_step_draws_batches_from_task_files(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    for task in ("a", "b", "c"):
+        rows = [{"input": f"{task}{i}", "output": task, "instruction": "Say the letter."} for i in range(4)]
+        (tmp_path / f"{task}.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    sizes = ["--batch-size=4", "--batches=2", f"--data={tmp_path}", "--rows-per-task=2"]
+    document = run("bench_training_step.py", f"--backbone={tiny_model}", f"--cache-dir={tmp_path}", *SMALL, *sizes)
+    assert all(ours < padded for ours, padded in zip(document["our_tokens"], document["padded_tokens"], strict=True))
+    assert all(0 < result["loaded_mib"] <= result["peak_mib"] for result in document["results"].values())
+
+
+def test_training_step_gives_both_trainers_the_same_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    pad = runpy.run_path(str(BENCHMARKS / "bench_training_step.py"))["pad"]
+    sys.modules.pop("common", None)
+    sequences = [(2, (7, 8, 1), (5, 6)), (0, (3, 4), (9,)), (2, (7, 8, 2, 3), (4,)), (2, (7, 8, 5), (1, 2, 3))]
+    padded = pad(collate([EncodedExample(task, prompt, (answer,)) for task, prompt, answer in sequences]))
+    found = [
+        (task, tuple(t for t, label in zip(row, labels, strict=True) if t and label < 0), tuple(labels[labels > 0]))
+        for task, row, labels in zip(padded.tasks.tolist(), padded.tokens.tolist(), padded.labels.numpy(), strict=True)
+    ]
+    assert sorted(found) == sorted(sequences)
 
 
 def test_http_asks_every_task_of_a_running_server(
