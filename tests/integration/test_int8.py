@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from server.adapters.adapted_linear import TaskRows
+from server.adapters.adapted_linear import AddedMix
 from server.adapters.assembly import Adapter, assemble
 from server.adapters.injection import inject
 from server.adapters.inventory import Inventory
@@ -52,7 +52,7 @@ def test_the_engines_tokens_are_the_quantised_models_own(backbone: Backbone) -> 
             if isinstance(output, TokenOutput):
                 tokens[output.request_id].append(output.token_id)
     for task, prompt in prompts.items():
-        with context.use(one_adapter(adapters[task])), torch.inference_mode():
+        with context.use(OneAdapter(adapters[task])), torch.inference_mode():
             logits = backbone.model(torch.tensor([prompt + tuple(tokens[task])]), use_cache=False).logits[0]
         at_places = logits[len(prompt) - 1 : -1]  # (NEW_TOKENS, vocabulary)
         chosen = at_places.gather(1, torch.tensor(tokens[task])[:, None])[:, 0]
@@ -60,6 +60,12 @@ def test_the_engines_tokens_are_the_quantised_models_own(backbone: Backbone) -> 
         assert at_places[0].argmax() == tokens[task][0], task
 
 
-def one_adapter(adapter: Adapter) -> TaskRows:
-    pairs = {name: (w.A[None], adapter.scaling * w.B[None]) for name, w in adapter.weights.items()}
-    return TaskRows(pairs, torch.tensor([0]))
+class OneAdapter(AddedMix):
+    """One adapter for all rows, by its definition."""
+
+    def __init__(self, adapter: Adapter) -> None:
+        self._adapter = adapter
+
+    def add(self, linear: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        weights = self._adapter.weights[linear]
+        return y + self._adapter.scaling * (x @ weights.A @ weights.B)
