@@ -30,7 +30,7 @@ from server.training.learners import (
 )
 from server.training.sampling import BatchSampler
 from server.training.trainer import Trainer, TrainerConfig
-from server.training.validation import Validation
+from server.training.validation import Validation, chance
 
 _VALIDATION_BATCH = 16
 
@@ -84,7 +84,7 @@ class Hyperparameters(BaseModel):
     clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
     noise: bool = Field(default=False, description="draw routing weights from a relaxed Bernoulli in training")
     evaluate_every: int = Field(default=10, ge=1, description="steps between validations")
-    patience: int = Field(default=3, ge=1, description="validations without improvement that end the job")
+    patience: int = Field(default=3, ge=1, description="validations below the best that end the job")
     rank: int = Field(default=4, ge=1, le=256, description="rank of a `lora`")
     alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
 
@@ -164,7 +164,7 @@ def adapt(
     context: JobContext,
     checkpoint: bytes | None = None,
 ) -> AdaptResult:
-    """Learn a task; the state that did best on the validation part is what is returned.
+    """Learn a task; what is returned is the latest state that does as well as any on the validation part.
 
     `served` is what to compare with; None is the bare backbone. Raises InvalidInput for examples over the
     context, Stopped when told to stop.
@@ -180,13 +180,13 @@ def adapt(
         search.load(checkpoint)
         context.report("from_checkpoint", {"step": trainer.step_count})
     search.run(BatchSampler(train, spec.hyperparameters.batch_size, spec.seed))
-    after = search.restore_best()
+    after = search.restore_kept()
     metrics = {
         "accuracy_before": before.accuracy,
         "accuracy_after": after.accuracy,
         "loss_before": before.loss,
         "loss_after": after.loss,
-        "best_step": search.best_step,
+        "kept_step": search.kept_step,
         "steps": trainer.step_count,
         "train_examples": len(train),
         "validation_examples": len(spec.validation),
@@ -218,21 +218,27 @@ def validation_batches(examples: Sequence[EncodedExample]) -> list[Batch]:
 
 
 class _Search:
-    """Training with early stopping: the best state so far, kept with the trainer's in every checkpoint."""
+    """Training with early stopping: the latest state that is as good as any, kept with the trainer's in checkpoints.
+
+    With the few examples that a job holds out, a small difference between two states is chance, and the one that
+    learnt longer is the better bet. So a state is kept unless its accuracy falls behind the best one's by more.
+    """
 
     def __init__(
         self, trainer: Trainer, validation: Sequence[Batch], settings: Hyperparameters, context: JobContext
     ) -> None:
         self._trainer = trainer
         self._validation = validation
+        self._examples = sum(batch.num_sequences for batch in validation)
         self._settings = settings
         self._context = context
-        self._best: Validation | None = None
-        self._best_parameters: Mapping[str, Tensor] = {}
-        self.best_step = 0
+        self._best_accuracy = 0.0
+        self._kept: Validation | None = None
+        self._kept_parameters: Mapping[str, Tensor] = {}
+        self.kept_step = 0
 
     def run(self, sampler: BatchSampler) -> None:
-        if self._best is None:
+        if self._kept is None:
             self._validate()
         for batch in sampler.from_step(self._trainer.step_count):
             if self._done():
@@ -249,31 +255,34 @@ class _Search:
 
     def load(self, checkpoint: bytes) -> None:
         """Go on from a checkpoint of the same adaptation."""
-        notes, self._best_parameters = self._trainer.load_bytes(checkpoint)
-        self._best, self.best_step = Validation(**notes["best"]), notes["best_step"]
+        notes, self._kept_parameters = self._trainer.load_bytes(checkpoint)
+        self._kept, self.kept_step = Validation(**notes["kept"]), notes["kept_step"]
+        self._best_accuracy = notes["best_accuracy"]
 
-    def restore_best(self) -> Validation:
-        """Put the best state back; returns how good it is."""
-        assert self._best is not None
-        self._trainer.load_parameters(self._best_parameters)
-        return self._best
+    def restore_kept(self) -> Validation:
+        """Put the kept state back; returns how good it is."""
+        assert self._kept is not None
+        self._trainer.load_parameters(self._kept_parameters)
+        return self._kept
 
     def _done(self) -> bool:
         step = self._trainer.step_count
-        waited = step - self.best_step
+        waited = step - self.kept_step
         return step >= self._settings.steps or waited >= self._settings.patience * self._settings.evaluate_every
 
     def _validate(self) -> None:
         validation = self._trainer.validate(self._validation)
         step = self._trainer.step_count
         self._context.report("validation", {"step": step, "of": "learner", **asdict(validation)})
-        if self._best is None or validation.better_than(self._best):
-            self._best, self.best_step = validation, step
-            self._best_parameters = self._trainer.copy_parameters()
+        self._best_accuracy = max(self._best_accuracy, validation.accuracy)
+        if validation.accuracy >= self._best_accuracy - chance(self._best_accuracy, self._examples):
+            self._kept, self.kept_step = validation, step
+            self._kept_parameters = self._trainer.copy_parameters()
 
     def _state(self) -> bytes:
-        assert self._best is not None
-        return self._trainer.to_bytes({"best": asdict(self._best), "best_step": self.best_step}, self._best_parameters)
+        assert self._kept is not None
+        notes = {"kept": asdict(self._kept), "kept_step": self.kept_step, "best_accuracy": self._best_accuracy}
+        return self._trainer.to_bytes(notes, self._kept_parameters)
 
 
 def _encode_split(spec: AdaptSpec, backbone: Backbone) -> tuple[list[EncodedExample], list[Batch]]:

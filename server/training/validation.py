@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+
+_FEWEST_ERRORS = 0.02  # variance p (1 - p) of an accuracy that a few examples show as perfect
 
 
 @dataclass(frozen=True)
@@ -23,3 +26,8 @@ class Validation:
         loss on others rises while more and more of their answers come out right.
         """
         return (self.accuracy, -self.loss) > (other.accuracy, -other.loss)
+
+
+def chance(accuracy: float, examples: int) -> float:
+    """Half a standard error of an accuracy seen on so many examples: less of a difference says nothing."""
+    return 0.5 * math.sqrt(max(accuracy * (1.0 - accuracy), _FEWEST_ERRORS) / examples)

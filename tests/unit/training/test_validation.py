@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from server.training.validation import Validation
+from server.training.validation import Validation, chance
 
 
 @pytest.mark.parametrize(
@@ -16,3 +16,8 @@ from server.training.validation import Validation
 )
 def test_accuracy_counts_before_loss(one: Validation, other: Validation, better: bool) -> None:
     assert one.better_than(other) is better
+
+
+def test_chance_is_half_a_standard_error_and_never_nothing() -> None:
+    assert chance(0.5, 16) == pytest.approx(0.5 * (0.25 / 16) ** 0.5)
+    assert chance(1.0, 8) == chance(0.0, 8) == pytest.approx(0.025)
