@@ -122,22 +122,23 @@ def _table_as_markdown(table: Table) -> str:
     names = short_names(list(table.tasks))
     metrics = set(table.tasks.values())
     heads = [name if len(metrics) == 1 else f"{name} ({table.tasks[task]})" for task, name in names.items()]
-    columns = ["method", *heads, "mean", "exact match", "tuned", "seconds"]
+    ranked = metrics == {_METRICS["accuracy"]}  # where accuracy is the exact match
+    columns = ["method", *heads, "mean", *([] if ranked else ["exact match"]), "tuned", "seconds"]
     lines = [
         f"{' and '.join(sorted(metrics))} in percent after {table.examples} examples: "
         f"mean over seeds ± standard deviation ({', '.join(table.devices)})",
         "",
         f"| {' | '.join(columns)} |",
         f"|{'---|' * len(columns)}",
-        *(f"| {' | '.join(_cells(row))} |" for row in table.rows),
+        *(f"| {' | '.join(_cells(row, ranked))} |" for row in table.rows),
     ]
     longer = [f"{short} is {task}" for task, short in names.items() if short != task]
     return "\n".join([*lines, *(["", "; ".join(longer) + "."] if longer else [])])
 
 
-def _cells(row: MethodRow) -> list[str]:
+def _cells(row: MethodRow, ranked: bool) -> list[str]:
     shown = row.method if row.demonstrations is None else f"{row.method} ({row.demonstrations:.1f} in the prompt)"
-    spreads = [*row.tasks.values(), row.overall, row.exact_match]
+    spreads = [*row.tasks.values(), row.overall, *([] if ranked else [row.exact_match])]
     return [
         shown,
         *(_NOTHING if spread is None else str(spread) for spread in spreads),

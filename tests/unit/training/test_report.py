@@ -77,6 +77,12 @@ def test_demonstrations_and_mixed_metrics_are_named() -> None:
     assert "| RTE (accuracy) | a (ROUGE-L) |" in text
 
 
+def test_ranking_alone_shows_its_accuracy_once() -> None:
+    lines = as_markdown(make_tables([_score("mhr", "RTE", 0, 50.0, metric="accuracy")])).splitlines()
+    assert lines[2] == "| method | RTE | mean | tuned | seconds |"
+    assert lines[4] == "| mhr | 50.0 | 50.0 | 1,234 | 2.0 |"
+
+
 def test_methods_without_examples_alone_have_a_table() -> None:
     [table] = make_tables([_score("mu", "a", 0, 10.0, examples=0)])
     assert table.examples == 0
