@@ -18,6 +18,7 @@ from prometheus_client.registry import Collector
 if TYPE_CHECKING:
     from server.adapters.cache import CacheStats
     from server.engine.config import StepStats
+    from server.engine.merged import MergedStats
 
 # Creation times would double the number of series.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -135,9 +136,9 @@ class Metrics:
         self._waiting.set_function(waiting)
         self._prefix_bytes.set_function(prefix_bytes)
 
-    def watch_adapter_cache(self, stats: Callable[[], CacheStats]) -> None:
-        """Read the adapter cache's own counts at every scrape."""
-        self.registry.register(_CacheCollector(stats))
+    def watch_adapter_cache(self, assembled: Callable[[], CacheStats], merged: Callable[[], MergedStats]) -> None:
+        """Read the counts of the adapter cache and of the engine's merged copies at every scrape."""
+        self.registry.register(_CacheCollector(assembled, merged))
 
     def _label(self, task: str | None) -> str:
         return NO_TASK if task is None else self._labels.label(task)
@@ -185,24 +186,27 @@ class TaskLabels:
 
 
 class _CacheCollector(Collector):
-    def __init__(self, stats: Callable[[], CacheStats]) -> None:
-        self._stats = stats
+    def __init__(self, assembled: Callable[[], CacheStats], merged: Callable[[], MergedStats]) -> None:
+        self._assembled = assembled
+        self._merged = merged
 
     def collect(self) -> Iterable[Metric]:
-        stats = self._stats()
+        assembled, merged = self._assembled(), self._merged()
         lookups = CounterMetricFamily(
             "mhr_adapter_cache_lookups", "Lookups of assembled adapters", labels=("tier", "result")
         )
-        for result, count in (("hit", stats.hits), ("miss", stats.misses), ("joined", stats.joined)):
+        for result, count in (("hit", assembled.hits), ("miss", assembled.misses), ("joined", assembled.joined)):
             lookups.add_metric(("assembled", result), count)
         yield lookups
-        entries = GaugeMetricFamily("mhr_adapter_cache_entries", "Assembled adapters held", labels=("tier",))
-        entries.add_metric(("assembled",), stats.entries)
+        entries = GaugeMetricFamily("mhr_adapter_cache_entries", "Adapters held", labels=("tier",))
+        size = GaugeMetricFamily("mhr_adapter_cache_bytes", "Bytes of adapters held", labels=("tier",))
+        for tier, held in (("assembled", assembled), ("merged", merged)):
+            entries.add_metric((tier,), held.entries)
+            size.add_metric((tier,), held.bytes)
         yield entries
-        size = GaugeMetricFamily("mhr_adapter_cache_bytes", "Bytes of assembled adapters held", labels=("tier",))
-        size.add_metric(("assembled",), stats.bytes)
         yield size
-        evictions = CounterMetricFamily("mhr_adapter_evictions", "Assembled adapters let go", labels=("tier", "reason"))
+        evictions = CounterMetricFamily("mhr_adapter_evictions", "Adapters let go", labels=("tier", "reason"))
         for reason in ("budget", "too_large"):
-            evictions.add_metric(("assembled", reason), stats.evictions.get(reason, 0))
+            evictions.add_metric(("assembled", reason), assembled.evictions.get(reason, 0))
+        evictions.add_metric(("merged", "budget"), merged.evictions)
         yield evictions

@@ -123,7 +123,6 @@ class Runtime:
         self._reason = "importing the bundled inventory"
         import_bundled(self.store, backbone, sizes)
         cache = AdapterCache(settings.adapter_cache_mb * _MIB)
-        self.metrics.watch_adapter_cache(cache.stats)
         catalog = TaskCatalog(
             self.store,
             cache,
@@ -148,9 +147,11 @@ class Runtime:
             prefix_cache_bytes=settings.prefix_cache_mb * _MIB,
             threads=settings.threads,
             quantization=settings.quantization,
+            merged_tasks=settings.merged_tasks,
         )
         runner = Runner(backbone.model, inject(backbone.model), config)
         engine = EngineService(Engine(runner, config, backbone.eos_token_ids), on_step=self.metrics.step)
+        self.metrics.watch_adapter_cache(cache.stats, runner.merged_stats)
         self.metrics.watch_engine(
             lambda: engine.num_running, lambda: engine.num_waiting, lambda: engine.prefix_cache_bytes
         )

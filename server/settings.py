@@ -75,6 +75,12 @@ class Settings(BaseSettings):
         default=512, ge=0, description="Budget of computed prompt prefixes in memory, in MiB; 0 keeps none"
     )
     adapter_cache_mb: int = Field(default=512, ge=0, description="Budget of assembled adapters in memory, in MiB")
+    merged_tasks: int | None = Field(
+        default=None,
+        ge=0,
+        description="Tasks with a copy of the weights that their adapter is merged into, used while a task has the "
+        "batch to itself; if unset, one where a copy takes at most 1 GiB and the weights are not int8",
+    )
     max_inputs: int = Field(default=256, ge=1, description="Inputs in one /generate call")
     max_examples: int = Field(default=1000, ge=2, description="Examples in one /adapt call, validation included")
     max_body_mb: int = Field(default=16, ge=1, description="Largest request body, in MiB")
@@ -91,6 +97,13 @@ class Settings(BaseSettings):
     def _quantization_fits_the_device(cls, value: str, others: ValidationInfo) -> str:
         if value == "int8" and others.data.get("device", "cpu") != "cpu":
             raise ValueError("int8 is computed on the CPU only; leave it at none or set MHR_DEVICE=cpu")
+        return value
+
+    @field_validator("merged_tasks")
+    @classmethod
+    def _merged_weights_are_not_quantised(cls, value: int | None, others: ValidationInfo) -> int | None:
+        if value and others.data.get("quantization") == "int8":
+            raise ValueError("int8 weights are not merged; set it to 0 or leave it unset")
         return value
 
     @field_validator("database_url")

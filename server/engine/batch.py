@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 
 from server.adapters.slots import AdapterSlots, Segment, SlotMix
+from server.engine.config import Path
+from server.engine.merged import MergedMix
+from server.engine.paths import choose_path
 from server.engine.request import Sequence as RequestState
 from server.engine.scheduler import PrefillChunk, StepPlan
 
@@ -65,11 +68,18 @@ class Batch:
     sampled: tuple[RequestState, ...]  # the owners of the first logit rows, in their order
     scored: tuple[PrefillChunk, ...]  # chunks with scored tokens; their logit rows follow
     score_targets: tuple[int, ...]  # the tokens scored by them
-    mix: SlotMix | None  # None: no row has an adapter
+    path: Path
+    mix: SlotMix | MergedMix | None  # None on the path "bare"
 
 
-def build_batch(plan: StepPlan, slots: AdapterSlots, max_context: int, device: torch.device) -> Batch:
-    """The tensors of a step, with one transfer to the device for all numbers."""
+def build_batch(
+    plan: StepPlan, slots: AdapterSlots, max_context: int, device: torch.device, merged: MergedMix | None = None
+) -> Batch:
+    """The tensors of a step, with one transfer to the device for all numbers.
+
+    `merged` is the copy with the one adapter that all sequences have.
+    """
+    path = choose_path(plan.sequences, merged is not None)
     decode = sorted(plan.decode, key=_adapter_order)
     tokens = [s.token_ids[s.num_computed_tokens] for s in decode]
     positions = [s.num_computed_tokens for s in decode]
@@ -114,10 +124,8 @@ def build_batch(plan: StepPlan, slots: AdapterSlots, max_context: int, device: t
         sampled=tuple(s for s, _ in sampled),
         scored=tuple(c for c, _ in scored),
         score_targets=tuple(token for c, _ in scored for token in c.score_targets),
-        mix=slots.mix(
-            [s.adapter_slot for s in decode if s.adapter_slot is not None],
-            _adapter_segments(plan.prefill, prefill),
-        ),
+        path=path,
+        mix=_slot_mix(slots, decode, plan.prefill, prefill) if path == "slots" else merged,
     )
 
 
@@ -143,6 +151,16 @@ def _prefill_rows(chunks: Iterable[PrefillChunk], first_row: int) -> tuple[Prefi
         rows.append(PrefillRows(_slot(chunk.sequence), first_row, stop, chunk.start))
         first_row = stop
     return tuple(rows)
+
+
+def _slot_mix(
+    slots: AdapterSlots,
+    decode: Iterable[RequestState],
+    chunks: Iterable[PrefillChunk],
+    rows: Iterable[PrefillRows],
+) -> SlotMix | None:
+    in_decode = [s.adapter_slot for s in decode if s.adapter_slot is not None]
+    return slots.mix(in_decode, _adapter_segments(chunks, rows))
 
 
 def _adapter_segments(chunks: Iterable[PrefillChunk], rows: Iterable[PrefillRows]) -> list[Segment]:

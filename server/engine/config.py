@@ -7,7 +7,8 @@ from typing import Literal
 
 from server.errors import InvalidInput
 
-Path = Literal["slots", "bare"]
+Path = Literal["slots", "merged", "bare"]
+AdapterPath = Literal["auto", "slots", "merged"]
 Quantization = Literal["none", "int8"]
 
 _LEAST = {
@@ -18,6 +19,8 @@ _LEAST = {
     "busy_prefill_chunk": 1,
     "prefix_cache_bytes": 0,
     "adapter_slots": 1,
+    "merged_tasks": 0,
+    "merge_after_steps": 1,
     "threads": 1,
 }
 
@@ -33,6 +36,11 @@ class EngineConfig:
     busy_prefill_chunk: int | None = 32  # while most sequences decode, before what the scheduler adds; None: no less
     prefix_cache_bytes: int = 512 * 2**20  # for prompt prefixes that were computed before; 0 keeps none
     adapter_slots: int | None = None  # resident adapters; None: one per sequence
+    # Tasks with a merged copy of the weights; None: one, if that takes at most 1 GiB. int8 has none.
+    merged_tasks: int | None = None
+    merge_after_steps: int = 32  # consecutive steps that a task must have had the batch to itself
+    # For tests and benchmarks: "slots" never merges, "merged" waits for the copy at a task's first step alone.
+    adapter_path: AdapterPath = "auto"
     threads: int | None = None  # of the computation on CPU; None: torch's own choice
     quantization: Quantization = "none"  # of the model's linears and its head, on CPU
     packed_head: bool = True  # on CPU in fp32, not quantised: keep the head in the processor's own layout too
@@ -47,6 +55,12 @@ class EngineConfig:
                 f"adapter_slots = {self.adapter_slots} is less than max_batch = {self.max_batch}: every sequence of "
                 "a batch may bring its own adapter",
                 param="adapter_slots",
+            )
+        if self.quantization == "int8" and (self.merged_tasks or self.adapter_path == "merged"):
+            raise InvalidInput(
+                "int8 weights are not merged, since an answer would then depend on who else is in the batch; leave "
+                "merged_tasks and adapter_path alone",
+                param="merged_tasks",
             )
 
     @property

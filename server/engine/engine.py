@@ -144,7 +144,7 @@ class Engine:
         for chunk in batch.scored:
             self._take_scores(chunk, [next(remaining) for _ in range(chunk.num_scored)])
         return StepStats(
-            path="bare" if batch.mix is None else "slots",
+            path=batch.path,
             decode_rows=len(plan.decode),
             prefill_tokens=plan.num_prefill_tokens,
             reused_tokens=plan.num_reused_tokens,

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from server.adapters.adapted_linear import AdapterContext
+from server.adapters.adapted_linear import AdaptedLinear, AdapterContext
 from server.adapters.injection import linear_sizes
 from server.adapters.slots import AdapterSlots, InputGroupFinder
 from server.engine.attention import CachedAttention, switch_to_cache
 from server.engine.batch import Batch, build_batch
 from server.engine.config import EngineConfig
 from server.engine.int8_linear import quantise_model
+from server.engine.merged import MergedCopies, MergedStats, copy_bytes
 from server.engine.packed_head import pack_head
+from server.engine.paths import shared_adapter
 from server.engine.prefix_blocks import PrefixBlocks
 from server.engine.prefix_cache import NewBlocks
 from server.engine.request import EngineRequest, Sequence, Status
@@ -21,6 +23,7 @@ from server.engine.scheduler import PrefillChunk, StepPlan
 from server.engine.servable import check_config
 from server.errors import InvalidInput
 
+_SMALL_COPY_BYTES = 2**30  # a merged copy up to this size is kept unasked
 _PROBE_LENGTH = 8
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # of the largest logit; fewer bits below
 _COARSE_PROBE_TOLERANCE = 5e-2
@@ -49,6 +52,7 @@ class Runner:
             quantise_model(model, groups)
         elif config.packed_head:
             pack_head(model)
+        self._merged = self._make_merged()
         self._probe()
         self.prefixes = PrefixBlocks(self._attention.layers, config.prefix_cache_bytes)
 
@@ -84,7 +88,8 @@ class Runner:
 
     def prepare(self, plan: StepPlan) -> Batch:
         """The tensors of a step."""
-        return build_batch(plan, self._slots, self._config.max_context, self._device)
+        merged = self._merged.take(shared_adapter(plan.sequences))
+        return build_batch(plan, self._slots, self._config.max_context, self._device, merged)
 
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
@@ -102,6 +107,11 @@ class Runner:
     def check_integrity(self) -> None:
         """Assert that the adapters' slots are accounted for."""
         self._slots.check_integrity()
+        self._merged.check_integrity()
+
+    def merged_stats(self) -> MergedStats:
+        """Of the merged copies; safe in any thread."""
+        return self._merged.stats()
 
     @torch.inference_mode()
     def _find_input_groups(self) -> list[list[str]]:
@@ -118,6 +128,21 @@ class Runner:
             dtype=self._model.dtype,
             device=self._device,
             input_groups=groups,
+        )
+
+    def _make_merged(self) -> MergedCopies:
+        config = self._config
+        linears = {m.linear: m.base for m in self._model.modules() if isinstance(m, AdaptedLinear)}
+        copies = config.merged_tasks
+        if config.quantization == "int8" or config.adapter_path == "slots":
+            copies = 0
+        elif copies is None:
+            copies = 1 if copy_bytes(linears) <= _SMALL_COPY_BYTES or config.adapter_path == "merged" else 0
+        return MergedCopies(
+            linears,
+            budget_bytes=copies * copy_bytes(linears) if copies else 0,
+            after_steps=config.merge_after_steps,
+            wait=config.adapter_path == "merged",
         )
 
     def _probe_tokens(self) -> Tensor:

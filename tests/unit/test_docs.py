@@ -18,6 +18,7 @@ from server.api import adapt, generate, inventories, jobs, ops, tasks
 from server.api.errors import BadRequest, MethodNotAllowed
 from server.api.schemas import AdaptRequest, Parameters
 from server.cli import app
+from server.engine.merged import MergedStats
 from server.errors import MHRError
 from server.metrics import Metrics
 from server.settings import Settings, env_name
@@ -50,7 +51,7 @@ def test_every_setting_is_documented_with_its_default() -> None:
 
 def test_every_metric_is_documented_with_its_labels() -> None:
     metrics = Metrics()
-    metrics.watch_adapter_cache(AdapterCache(0).stats)
+    metrics.watch_adapter_cache(AdapterCache(0).stats, lambda: MergedStats(entries=0, bytes=0, evictions=0))
     documented = {row[0]: row[1] for row in _rows(OPERATIONS, r"`mhr_[a-z_]+`")}
     declared = {family.name + ("_total" if family.type == "counter" else "") for family in metrics.registry.collect()}
     assert set(documented) == declared

@@ -14,6 +14,7 @@ import yaml
 from prometheus_client import Counter, Gauge, Histogram
 
 from server.adapters.cache import AdapterCache
+from server.engine.merged import MergedStats
 from server.metrics import Metrics
 
 DEPLOY = Path(__file__).resolve().parents[3] / "deploy"
@@ -27,7 +28,7 @@ def _load(name: str) -> Any:
 def _declared() -> set[str]:
     """Every series name that the server can expose."""
     metrics = Metrics()
-    metrics.watch_adapter_cache(AdapterCache(0).stats)
+    metrics.watch_adapter_cache(AdapterCache(0).stats, lambda: MergedStats(entries=0, bytes=0, evictions=0))
     suffixes = {"counter": ["_total"], "histogram": ["_bucket", "_sum", "_count"], "gauge": [""]}
     return {family.name + suffix for family in metrics.registry.collect() for suffix in suffixes[family.type]}
 

@@ -4,6 +4,7 @@ from collections import Counter
 
 from server.adapters.cache import AdapterCache
 from server.engine.config import StepStats
+from server.engine.merged import MergedStats
 from server.metrics import OTHER, Metrics, TaskLabels
 
 DESIGNED = {
@@ -37,7 +38,7 @@ DESIGNED = {
 
 def test_the_names_are_the_designed_ones() -> None:
     metrics = Metrics()
-    metrics.watch_adapter_cache(AdapterCache(0).stats)
+    metrics.watch_adapter_cache(AdapterCache(0).stats, lambda: MergedStats(entries=0, bytes=0, evictions=0))
     names = {line.split()[2] for line in metrics.render().decode().splitlines() if line.startswith("# HELP")}
     assert names == DESIGNED
 

@@ -41,7 +41,7 @@ def test_names_that_are_not_the_servers_are_left_alone(monkeypatch: pytest.Monke
     ("name", "value", "words"),
     [
         ("MHR_PROT", "8000", ["MHR_PROT is not a setting", "did you mean MHR_PORT?"]),
-        ("MHR_MERGED_TASKS", "4", ["MHR_MERGED_TASKS is not a setting"]),
+        ("MHR_MERGED_TASKS", "-1", ["MHR_MERGED_TASKS", "greater than or equal to 0"]),
         ("MHR_PORT", "eighty", ["MHR_PORT = 'eighty' is impossible", "integer"]),
         ("MHR_PORT", "70000", ["MHR_PORT = '70000'", "65535"]),
         ("MHR_MAX_BATCH", "0", ["MHR_MAX_BATCH", "greater than or equal to 1"]),
@@ -62,6 +62,15 @@ def test_what_cannot_be_stops_the_start_with_a_sentence(
     for word in words:
         assert word in caught.value.message
     assert "secret" not in caught.value.message
+
+
+def test_merged_copies_of_int8_weights_stop_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MHR_QUANTIZATION", "int8")
+    monkeypatch.setenv("MHR_MERGED_TASKS", "0")
+    assert load_settings().merged_tasks == 0
+    monkeypatch.setenv("MHR_MERGED_TASKS", "2")
+    with pytest.raises(InvalidInput, match="MHR_MERGED_TASKS = '2' is impossible: int8 weights are not merged"):
+        load_settings()
 
 
 def test_int8_on_a_gpu_stops_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
