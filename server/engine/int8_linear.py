@@ -1,7 +1,9 @@
-"""Linears with 8-bit weights on CPU: one scale per output channel, and activations quantised row by row as they come.
+"""Linears with 8-bit weights on CPU, and activations quantised as they come.
 
-A row's scale depends on that row alone, and the sums are sums of integers, so that a row's product is the same
-whatever else is in the batch. docs/decisions/0009-int8.md has the reasons and the figures.
+A weight has one scale per output channel. A row of activations has one scale and two 8-bit digits per number, which
+go through the product as two rows: the weight is read once for both, and nothing worth mentioning is lost. A row's
+scale depends on that row alone, and the sums are sums of integers, so that a row's product is the same whatever else
+is in the batch. docs/decisions/0009-int8.md has the reasons and the figures.
 
 Letters: N rows, d_in and d_out of one linear, D the sum of d_out over linears that read the same input.
 """
@@ -20,6 +22,7 @@ from server.adapters.adapted_linear import AdaptedLinear
 from server.errors import InvalidInput
 
 _LARGEST = 127
+_BASE = 254  # of an activation's second digit: half a step is 127 of them
 _OFFSET = 128  # of activations, which the operator takes without a sign
 _BLOCK = 4096  # rows of a weight quantised at once, which bounds the memory that it takes
 _SMALLEST = 1e-30  # stands for the scale of a row of zeros
@@ -33,27 +36,41 @@ class Int8Weight:
     scales: Tensor  # (d_out,) fp32
 
 
-def quantise(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows (N, d) -> whole numbers -127 … 127 (N, d) in int8 and their scales (N, 1) in fp32; the largest becomes 127.
+def quantise_weights(weights: Iterable[Tensor]) -> Int8Weight:
+    """Weights (d_out, d_in) of one d_in as one, below each other, with a scale for each output channel."""
+    blocks = [_to_steps(block) for weight in weights for block in torch.split(weight.detach(), _BLOCK)]
+    return Int8Weight(
+        torch.cat([steps.round_().to(torch.int8) for steps, _ in blocks]),
+        torch.cat([scales[:, 0] for _, scales in blocks]),
+    )
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, d) -> two digits (2, N, d) in int8, -127 … 127, and scales (N, 1): scale * (first + second / 254).
 
     A row that is not finite gets a scale that is not finite.
     """
-    rows = rows.float()
-    scales = rows.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST).mul_(1 / _LARGEST)
-    return torch.mul(rows, scales.reciprocal()).round_().to(torch.int8), scales
-
-
-def quantise_weights(weights: Iterable[Tensor]) -> Int8Weight:
-    """Weights (d_out, d_in) of one d_in as one, below each other, with a scale for each output channel."""
-    blocks = [quantise(block) for weight in weights for block in torch.split(weight.detach(), _BLOCK)]
-    return Int8Weight(torch.cat([values for values, _ in blocks]), torch.cat([scales[:, 0] for _, scales in blocks]))
+    steps, scales = _to_steps(x)
+    digits = torch.empty(2, *x.shape, dtype=torch.int8)
+    first = steps.round()
+    digits[0] = first
+    digits[1] = steps.sub_(first).mul_(_BASE).round_()
+    return digits, scales
 
 
 def plain_product(x: Tensor, weight: Int8Weight) -> Tensor:
     """x (N, d_in) -> (N, d_out) in fp32, step by step in plain torch: what the 8-bit linears compute."""
-    values, scales = quantise(x)
-    sums = values.double() @ weight.values.double().T  # whole numbers, exact in this type
-    return sums.float() * weight.scales * scales
+    digits, scales = quantise_rows(x)
+    sums = digits.double() @ weight.values.double().T  # (2, N, d_out) whole numbers, exact in this type
+    products = sums.float() * weight.scales
+    return (products[0] + products[1] / _BASE) * scales
+
+
+def _to_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """rows (N, d) -> the same in steps of their scales (N, 1), in fp32; a row's largest number is 127 steps."""
+    rows = rows.float()
+    scales = rows.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST).mul_(1 / _LARGEST)
+    return torch.mul(rows, scales.reciprocal()), scales
 
 
 class Int8Product:
@@ -65,10 +82,10 @@ class Int8Product:
         self._zero_points = torch.zeros(len(weight.scales), dtype=torch.int32)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, d_in) -> the product (N, d_out) before it is multiplied by the rows' scales, and these (N, 1)."""
-        values, scales = quantise(x)
+        """x (N, d_in) -> the digits' products (2, N, d_out), and the rows' scales (N, 1)."""
+        digits, scales = quantise_rows(x)
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            values.view(torch.uint8).bitwise_xor_(_OFFSET),  # adds the offset
+            digits.flatten(0, 1).view(torch.uint8).bitwise_xor_(_OFFSET),  # adds the offset
             1.0,
             _OFFSET,
             self._packed,
@@ -82,7 +99,12 @@ class Int8Product:
             [],
             "",
         )
-        return product, scales
+        return product.view(2, len(x), len(self._scales)), scales
+
+
+def join(products: Tensor, scales: Tensor) -> Tensor:
+    """The digits' products (2, N, d_out) and the rows' scales (N, 1) -> (N, d_out)."""
+    return torch.add(products[0], products[1], alpha=1 / _BASE).mul_(scales)
 
 
 class _SharedInput:
@@ -97,7 +119,7 @@ class _SharedInput:
         self._product = Int8Product(quantise_weights(weights))
         self._x: Tensor | None = None
         self._scales: Tensor | None = None
-        self._left: dict[int, Tensor] = {}  # place -> unscaled columns (N, d_out) that were not taken yet
+        self._left: dict[int, Tensor] = {}  # place -> the digits' products (2, N, d_out) that were not taken yet
 
     def columns(self, place: int, x: Tensor) -> Tensor:
         """x (..., d_in) -> the part (..., d_out) of the linear at `place`, in a tensor of its own, without its bias."""
@@ -105,7 +127,7 @@ class _SharedInput:
             product, self._scales = self._product(x.reshape(-1, x.shape[-1]))
             self._x, self._left = x, dict(enumerate(torch.split(product, self.sizes, dim=-1)))
         assert self._scales is not None
-        y = torch.mul(self._left.pop(place), self._scales)
+        y = join(self._left.pop(place), self._scales)
         if not self._left:
             self._x = self._scales = None
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
@@ -165,8 +187,7 @@ def check_int8_works(device: torch.device) -> None:
     # The largest numbers that occur: processors without 8-bit instructions for them saturate on the way.
     weight = Int8Weight(torch.full((64, 64), _LARGEST, dtype=torch.int8), torch.ones(64))
     x = torch.ones(3, 64)
-    product, scales = Int8Product(weight)(x)
-    if not torch.equal(product * scales, plain_product(x, weight)):
+    if not torch.equal(join(*Int8Product(weight)(x)), plain_product(x, weight)):
         raise InvalidInput(f"this processor computes 8-bit products inexactly; {remedy}", param="quantization")
 
 

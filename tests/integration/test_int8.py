@@ -20,7 +20,7 @@ from server.inventories import BUNDLED_FOLDER
 from server.training.prompts import encode_prompt, render_prompt
 
 NEW_TOKENS = 12
-NEAR_TIE = 0.3  # of logits; rounding decides below
+NEAR_TIE = 0.02  # of logits; rounding decides below
 QUESTIONS = {
     "task1146_country_capital": "France",
     "task1321_country_continent": "Kenya",
