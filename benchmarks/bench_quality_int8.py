@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from common import conditions, print_json, print_table
 from torch import Tensor
 
-from server.adapters.adapted_linear import TaskRows
-from server.adapters.assembly import mean_adapter
-from server.adapters.injection import inject
+from server.adapters.adapted_linear import AdapterContext
+from server.adapters.assembly import Adapter, mean_adapter
+from server.adapters.injection import inject, linear_sizes
 from server.adapters.inventory import Inventory
+from server.adapters.slots import AdapterSlots, Segment
 from server.backbone import BUNDLED_BACKBONE, Backbone, load_backbone
 from server.engine.config import EngineConfig, Quantization
 from server.engine.runner import Runner
@@ -62,9 +63,8 @@ def main() -> None:
         num_tokens = sum(len(text.prompt) + len(text.answer) for text in texts)
         context = inject(backbone.model)
         Runner(backbone.model, context, EngineConfig(max_batch=1, quantization=quantization, merged_tasks=0))
-        for adapter, mix in (("none", None), ("mean", mean_mix(inventory))):
-            with context.use(mix):
-                measured[adapter, quantization] = measure(backbone, texts)
+        for name, adapter in (("none", None), ("mean", mean_adapter(inventory))):
+            measured[name, quantization] = measure(backbone, context, adapter, texts)
     results = {adapter: compare(measured[adapter, "none"], measured[adapter, "int8"]) for adapter in ("none", "mean")}
     print_table(
         f"{options.per_task} instances of each task in {options.data}, {num_tokens} tokens",
@@ -98,21 +98,19 @@ def read_texts(backbone: Backbone, prompt_format: str, options: argparse.Namespa
     ]
 
 
-def mean_mix(inventory: Inventory) -> TaskRows:
-    adapter = mean_adapter(inventory)
-    pairs = {name: (w.A[None], adapter.scaling * w.B[None]) for name, w in adapter.weights.items()}
-    return TaskRows(pairs, torch.tensor([0]))
-
-
 @torch.inference_mode()
-def measure(backbone: Backbone, texts: list[Text]) -> Likelihood:
-    """Of the model as it is now, with the mix in force."""
+def measure(backbone: Backbone, context: AdapterContext, adapter: Adapter | None, texts: list[Text]) -> Likelihood:
+    """Of the model as it is now, with the adapter on top."""
+    slots = AdapterSlots(linear_sizes(backbone.model), num_slots=1)
+    slot = None if adapter is None else slots.acquire("", adapter)
     every: list[Tensor] = []
     answers: list[Tensor] = []
     likeliest: list[Tensor] = []
     for text in texts:
         tokens = torch.tensor([text.prompt + text.answer])
-        logits = backbone.model(input_ids=tokens, use_cache=False).logits[0, :-1]
+        mix = None if slot is None else slots.mix([], [Segment(slot, 0, tokens.shape[1])])
+        with context.use(mix):
+            logits = backbone.model(input_ids=tokens, use_cache=False).logits[0, :-1]
         losses = F.cross_entropy(logits, tokens[0, 1:], reduction="none")
         every.append(losses)
         answers.append(losses[len(text.prompt) - 1 :])

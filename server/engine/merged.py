@@ -95,7 +95,7 @@ class MergedCopies:
     def check_integrity(self) -> None:
         """Assert that the bytes are accounted for and within the budget."""
         with self._lock:
-            assert self._bytes == sum(copy.num_bytes for copy in self._copies.values()), "bytes disagree with the merged copies"
+            assert self._bytes == sum(copy.num_bytes for copy in self._copies.values()), "the bytes are miscounted"
             assert self._bytes <= self._budget_bytes, "the merged copies exceed their budget"
 
     def _find(self, key: str) -> MergedMix | None:
