@@ -1,10 +1,13 @@
 """Decoding speed of the engine with a batch of different tasks, beside PEFT Poly's `generate` on the same batch.
 
 All contenders get the same prompts and generate the same number of greedy tokens, the end token ignored:
-  engine           our engine, every sequence its own task
+  engine           our engine, every sequence its own task (path slots)
   engine bare      our engine, no adapters
+  engine one task  our engine, all sequences of one task, unmerged (path one-task)
+  engine merged    the same with its adapter merged into a copy of the weights
   peft poly        PEFT Poly's generate(task_ids=…) with the same inventory and routings, a static batch
   transformers     the backbone's own generate, a static batch, no adapters
+`--path` and `--quantization` choose among the engine's; with 8-bit weights nothing is merged.
 Decoding is timed from every sequence's first token on: for the engine by its steps, for a `generate` as the
 time of N tokens less that of one.
 """
@@ -15,6 +18,7 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from tempfile import gettempdir
 
@@ -29,11 +33,11 @@ from common import (
     random_inventory,
     time_in_turns,
 )
-from transformers import PreTrainedModel
 
 from server.adapters.injection import inject
+from server.adapters.inventory import Inventory
 from server.backbone import BUNDLED_BACKBONE, load_backbone
-from server.engine.config import EngineConfig
+from server.engine.config import AdapterPath, EngineConfig, Quantization
 from server.engine.engine import Engine
 from server.engine.request import AdapterHandle, EngineRequest, SamplingParams, TokenOutput
 from server.engine.runner import Runner
@@ -44,69 +48,47 @@ def main() -> None:
     if options.threads:
         torch.set_num_threads(options.threads)
     about = conditions()
-    ours = load_backbone(options.backbone, options.cache_dir)
+    loaded = load_backbone(options.backbone, options.cache_dir)
     inventory = random_inventory(
-        ours, tasks=options.tasks, skills=options.skills, heads=options.heads, rank=options.rank, alpha=1.0
+        loaded, tasks=options.tasks, skills=options.skills, heads=options.heads, rank=options.rank, alpha=1.0
     )
-    theirs = load_backbone(options.backbone, options.cache_dir).model
-    bare = load_backbone(options.backbone, options.cache_dir).model if options.transformers else None
     random = torch.Generator().manual_seed(1)
-    prompts = torch.randint(5, ours.model.config.vocab_size, (options.tasks, options.prompt_tokens), generator=random)
-
-    engine = EngineRun(make_engine(ours.model, options), prompts, options.new_tokens, adapters_of(inventory))
-    engine_bare = EngineRun(engine.engine, prompts, options.new_tokens, None)
-    poly = GenerateRun(peft_poly(theirs, inventory), prompts, {"task_ids": torch.arange(options.tasks)})
-    contenders: dict[str, Callable[[], object]] = {
-        "engine": engine.run,
-        "engine bare": engine_bare.run,
-        "peft poly": lambda: poly.run(options.new_tokens),
-        "peft poly, one token": lambda: poly.run(1),
-    }
-    if bare is not None:
-        plain = GenerateRun(bare, prompts, {})
-        contenders["transformers"] = lambda: plain.run(options.new_tokens)
-        contenders["transformers, one token"] = lambda: plain.run(1)
+    prompts = torch.randint(5, loaded.model.config.vocab_size, (options.tasks, options.prompt_tokens), generator=random)
+    engines = engine_runs(options, prompts, adapters_of(inventory))
+    peers = peer_runs(options, prompts, inventory)
+    contenders: dict[str, Callable[[], object]] = {name: run.run for name, run in engines.items()}
+    for name, peer in peers.items():
+        contenders[name] = partial(peer.run, options.new_tokens)
+        contenders[f"{name}, one token"] = partial(peer.run, 1)
     timings = time_in_turns(contenders, warmup=options.warmup, repeats=options.repeats)
-    # The last run of each is a full one only for the engine; PEFT's tokens are generated once more to compare.
-    same = torch.equal(engine.tokens(), poly.run(options.new_tokens))
 
-    new_tokens = options.tasks * options.new_tokens
-    decoded = options.tasks * (options.new_tokens - 1)
-    decode_s = {
-        "engine": Timing(tuple(engine.decode_s[-options.repeats :])).median,
-        "engine bare": Timing(tuple(engine_bare.decode_s[-options.repeats :])).median,
-    }
-    for name in ("peft poly", "transformers"):
-        if name in timings:
-            decode_s[name] = timings[name].median - timings[f"{name}, one token"].median
+    decode_s = {name: Timing(tuple(run.decode_s[-options.repeats :])).median for name, run in engines.items()}
+    for name in peers:
+        decode_s[name] = timings[name].median - timings[f"{name}, one token"].median
     results = {
         name: {
             "total_s": timings[name].median,
             "spread": timings[name].spread,
-            "total_tokens_per_s": new_tokens / timings[name].median,
-            "decode_tokens_per_s": decoded / seconds,
+            "total_tokens_per_s": options.tasks * options.new_tokens / timings[name].median,
+            "decode_tokens_per_s": options.tasks * (options.new_tokens - 1) / seconds,
         }
         for name, seconds in decode_s.items()
     }
-    ratio = results["engine"]["decode_tokens_per_s"] / results["peft poly"]["decode_tokens_per_s"]
     print_table(
         f"{options.tasks} tasks at once, {options.prompt_tokens} tokens in, {options.new_tokens} out, "
         f"r = {options.rank}, K = {options.skills}, h = {options.heads}, {about['threads']} threads",
         ("contender", "total s", "spread", "tok/s in all", "decode tok/s"),
         [(name, *values.values()) for name, values in results.items()],
     )
-    print(f"\nengine decodes {ratio:.2f} times as fast as PEFT Poly; same greedy tokens: {'yes' if same else 'no'}")
     setting = {key: str(value) if isinstance(value, Path) else value for key, value in vars(options).items()}
-    print_json(
-        {
-            "benchmark": "engine_offline",
-            "conditions": about,
-            "options": setting,
-            "results": results,
-            "decode_speed_over_peft_poly": ratio,
-            "same_tokens_as_peft_poly": same,
-        }
-    )
+    document = {"benchmark": "engine_offline", "conditions": about, "options": setting, "results": results}
+    if "engine" in engines and "peft poly" in peers:
+        # The last run of each is a full one only for the engine; PEFT's tokens are generated once more to compare.
+        same = torch.equal(engines["engine"].tokens(), peers["peft poly"].run(options.new_tokens))
+        ratio = results["engine"]["decode_tokens_per_s"] / results["peft poly"]["decode_tokens_per_s"]
+        print(f"\nengine decodes {ratio:.2f} times as fast as PEFT Poly; same greedy tokens: {'yes' if same else 'no'}")
+        document |= {"decode_speed_over_peft_poly": ratio, "same_tokens_as_peft_poly": same}
+    print_json(document)
 
 
 def parse_options() -> argparse.Namespace:
@@ -122,13 +104,55 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
     parser.add_argument("--warmup", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--no-transformers", dest="transformers", action="store_false", help="leave the bare peer out")
+    parser.add_argument("--quantization", nargs="+", default=["none"], choices=["none", "int8"])
+    parser.add_argument("--path", nargs="+", default=["slots", "bare"], choices=["slots", "bare", "one-task", "merged"])
+    parser.add_argument("--no-poly", dest="poly", action="store_false", help="leave PEFT Poly out")
+    parser.add_argument("--no-transformers", dest="transformers", action="store_false", help="leave transformers out")
     return parser.parse_args()
 
 
-def make_engine(model: PreTrainedModel, options: argparse.Namespace) -> Engine:
-    context = options.prompt_tokens + options.new_tokens
-    config = EngineConfig(max_batch=options.tasks, max_context=context)
+def engine_runs(
+    options: argparse.Namespace, prompts: torch.Tensor, adapters: list[AdapterHandle]
+) -> dict[str, EngineRun]:
+    """The asked paths in the asked quantizations; every engine has a model of its own."""
+    runs: dict[str, EngineRun] = {}
+    one_task = [adapters[0]] * len(adapters)
+    for quantization in options.quantization:
+        suffix = "" if quantization == "none" else f", {quantization}"
+        engine = make_engine(options, quantization, "slots")
+        kinds: dict[str, tuple[str, list[AdapterHandle] | None]] = {
+            "slots": ("engine", adapters),
+            "bare": ("engine bare", None),
+            "one-task": ("engine one task", one_task),
+        }
+        for path, (name, given) in kinds.items():
+            if path in options.path:
+                runs[name + suffix] = EngineRun(engine, prompts, options.new_tokens, given)
+        if "merged" in options.path and quantization == "none":
+            merging = make_engine(options, quantization, "merged")
+            runs["engine merged"] = EngineRun(merging, prompts, options.new_tokens, one_task)
+    return runs
+
+
+def peer_runs(options: argparse.Namespace, prompts: torch.Tensor, inventory: Inventory) -> dict[str, GenerateRun]:
+    runs: dict[str, GenerateRun] = {}
+    if options.poly:
+        model = peft_poly(load_backbone(options.backbone, options.cache_dir).model, inventory)
+        runs["peft poly"] = GenerateRun(model, prompts, {"task_ids": torch.arange(options.tasks)})
+    if options.transformers:
+        runs["transformers"] = GenerateRun(load_backbone(options.backbone, options.cache_dir).model, prompts, {})
+    return runs
+
+
+def make_engine(options: argparse.Namespace, quantization: Quantization, adapter_path: AdapterPath) -> Engine:
+    model = load_backbone(options.backbone, options.cache_dir).model
+    config = EngineConfig(
+        max_batch=options.tasks,
+        max_context=options.prompt_tokens + options.new_tokens,
+        prefix_cache_bytes=0,  # every round has the same prompts
+        quantization=quantization,
+        adapter_path=adapter_path,
+    )
     return Engine(Runner(model, inject(model), config), config, frozenset())
 
 

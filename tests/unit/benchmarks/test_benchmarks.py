@@ -54,6 +54,27 @@ def test_engine_offline_compares_the_same_tokens(
     assert {"date", "commit", "cores", "threads", "torch"} <= set(document["conditions"])
 
 
+def test_engine_offline_compares_paths_and_quantizations(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    where = [f"--backbone={tiny_model}", f"--cache-dir={tmp_path}", "--prompt-tokens=7", "--new-tokens=5"]
+    paths = ["--no-poly", "--no-transformers", "--path", "slots", "bare", "one-task", "merged"]
+    document = run("bench_engine_offline.py", *where, *SMALL, *paths, "--quantization", "none", "int8")
+    fp32 = {"engine", "engine bare", "engine one task"}
+    assert set(document["results"]) == fp32 | {"engine merged"} | {f"{name}, int8" for name in fp32}
+
+
+def test_quality_of_int8_is_skipped_without_data(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MHR_TEST_DATA", raising=False)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", ["bench_quality_int8.py"])
+    runpy.run_path(str(BENCHMARKS / "bench_quality_int8.py"), run_name="__main__")
+    assert capsys.readouterr().out.startswith("skipped:")
+    sys.modules.pop("common", None)
+
+
 def test_prefix_counts_what_is_computed_again(
     run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
