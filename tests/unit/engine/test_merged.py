@@ -115,7 +115,7 @@ def test_a_copy_is_made_beside_the_steps_after_enough_of_them() -> None:
     driver.step()
     wait_for_entries(driver.runner._merged, 1)
     driver.run()
-    assert [s.path for s in driver.stats[:5]] == ["slots"] * 5
+    assert [s.path for s in driver.stats[:4]] == ["slots"] * 4  # the fifth begins it, and may see its end
     assert driver.stats[-1].path == "merged"
 
 
