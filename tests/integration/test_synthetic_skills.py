@@ -141,18 +141,19 @@ def inventory(folder: Path, backbone: Backbone, family: _Family) -> Inventory:
 def test_routing_recovers_new_tasks_that_a_lora_from_scratch_does_not(
     backbone: Backbone, inventory: Inventory, family: _Family
 ) -> None:
+    routed_settings = Hyperparameters(steps=100, routing_lr=0.1, patience=100)
     loras = [Hyperparameters(steps=60, adapter_lr=lr, patience=100) for lr in (3e-3, 1e-2)]
     routed, scratch = [], []
     for number, task in enumerate(family.new):
         examples = family.examples(task)
         random.Random(number).shuffle(examples)
         shots, others = examples[:SHOTS], examples[SHOTS:]
-        routing = _learn(Method.MHR_Z, Hyperparameters(steps=100, patience=100), shots, backbone, inventory)
+        routing = _learn(Method.MHR_Z, routed_settings, shots, backbone, inventory)
         routed.append(_exact_match(routing, others, backbone))
         # The better of two learning rates, chosen on the very answers that count: no one can say it was held back.
         tries = [_learn(Method.LORA, settings, shots, backbone, None) for settings in loras]
         scratch.append(max(_exact_match(adapter, others, backbone) for adapter in tries))
-    # Means seen with three values of SEED: 0.78 to 0.85 for the routing, 0.27 to 0.29 for the LoRA.
+    # Means seen with three values of SEED: 0.78 to 0.85 for the routing, 0.27 to 0.31 for the LoRA.
     assert mean(routed) >= 0.65, (routed, scratch)
     assert mean(scratch) <= 0.4, (routed, scratch)
     assert all(route > lora for route, lora in zip(routed, scratch, strict=True))
