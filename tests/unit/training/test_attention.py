@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from server.errors import InvalidInput
-from server.training.attention import PackedLayout, _attention, attend_rows, attend_segments
+from server.training import attention
+from server.training.attention import PackedLayout, _attention, attend_blocks, attend_rows
 from server.training.batches import Segment
 
 SEGMENTS = (Segment(0, 3), Segment(3, 7, 0, 3), Segment(7, 8, 0, 3), Segment(8, 13))
@@ -35,7 +36,7 @@ def _one_by_one(query: Tensor, key: Tensor, value: Tensor, window: int | None) -
     return torch.cat(outs, dim=1)
 
 
-@pytest.mark.parametrize("attend", [attend_segments, attend_rows])
+@pytest.mark.parametrize("attend", [attend_blocks, attend_rows])
 @pytest.mark.parametrize("window", [None, 2])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 2), (4, 4), (3, 1)])
 def test_equals_torchs_own_attention_and_its_gradients(
@@ -49,6 +50,17 @@ def test_equals_torchs_own_attention_and_its_gradients(
     reference = torch.autograd.grad(theirs.square().sum(), inputs)
     for mine, other in zip(torch.autograd.grad(ours.square().sum(), inputs), reference, strict=True):
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("limit", [1, 5, 100])
+def test_blocks_of_any_size_keep_segments_apart(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "_BLOCK_TOKENS", limit)
+    inputs = (_draw(4, 5, 0), _draw(2, 5, 1), _draw(2, 5, 2))
+    for window in (None, 2):
+        layout = PackedLayout(SEGMENTS)
+        torch.testing.assert_close(attend_blocks(*inputs, 0.3, window, layout), _one_by_one(*inputs, window))
+    spans = [(block.span.start, block.span.stop) for block in layout.blocks(2, 2, inputs[0])]
+    assert spans == ([(0, 3), (3, 7), (7, 8), (8, 13)] if limit == 1 else [(0, 3), (3, 8), (8, 13)])
 
 
 def test_an_attention_that_it_cannot_compute_is_refused() -> None:

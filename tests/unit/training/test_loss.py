@@ -118,7 +118,7 @@ def test_equals_the_sequences_one_by_one(config: str, batch: str) -> None:
 def test_the_fused_kernel_over_padded_rows_equals_them_too(
     config: str, batch: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "attend_segments", attention.attend_rows)
+    monkeypatch.setattr(attention, "attend_blocks", attention.attend_rows)
     _compare(_model(CONFIGS[config]), BATCHES[batch], 1e-5)
 
 
