@@ -34,8 +34,11 @@ class NormSwitch:
     def engaged(self) -> Iterator[None]:
         """The norms compute by `rms_norm` inside, and by their own class afterwards. Their weights must be frozen."""
         for norm in self._norms:
+            weight, epsilon = norm.weight, norm.variance_epsilon
+            assert isinstance(weight, Tensor)
+            assert isinstance(epsilon, float)
             # An attribute of the instance hides the class's method until it is deleted.
-            setattr(norm, "forward", partial(rms_norm, weight=norm.weight, epsilon=norm.variance_epsilon))  # noqa: B010
+            setattr(norm, "forward", partial(rms_norm, weight=weight, epsilon=epsilon))  # noqa: B010
         try:
             yield
         finally:
