@@ -9,7 +9,9 @@ ARG PYTHON_IMAGE=python:3.11-slim-bookworm
 FROM ${PYTHON_IMAGE} AS build
 ARG PIP_EXTRA_INDEX_URL=""
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/venv/bin:$PATH
-RUN python -m venv /opt/venv
+# For the compiled operator (docs/decisions/0012-slot-operator.md); it stays in this stage.
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/* \
+    && python -m venv /opt/venv
 WORKDIR /app
 
 # The large packages first: they change least.
@@ -26,7 +28,7 @@ print(*[d for d in p[0]['dependencies'] + p[0]['optional-dependencies']['postgre
     > /tmp/requirements.txt \
     && pip install -c constraints.txt -r /tmp/requirements.txt
 
-COPY README.md ./
+COPY README.md setup.py ./
 COPY clients/python clients/python
 COPY adapters_store adapters_store
 COPY server server

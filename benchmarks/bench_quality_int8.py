@@ -22,7 +22,8 @@ from server.adapters.adapted_linear import AdapterContext
 from server.adapters.assembly import Adapter, mean_adapter
 from server.adapters.injection import inject, linear_sizes
 from server.adapters.inventory import Inventory
-from server.adapters.slots import AdapterSlots, Segment
+from server.adapters.slot_mix import Segment
+from server.adapters.slots import AdapterSlots
 from server.backbone import BUNDLED_BACKBONE, Backbone, load_backbone
 from server.engine.config import EngineConfig, Quantization
 from server.engine.runner import Runner

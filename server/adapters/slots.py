@@ -1,6 +1,6 @@
-"""Resident adapters of the sequences in a batch, and the mix that computes a step over them.
+"""Resident adapters of the sequences in a batch.
 
-Letters: S slots, N flattened rows of a step, d_in and d_out of a linear, r the largest rank seen.
+Letters: S slots, d_in and d_out of a linear, r the largest rank seen.
 """
 
 from __future__ import annotations
@@ -8,48 +8,24 @@ from __future__ import annotations
 import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from server.adapters.adapted_linear import AddedMix
 from server.adapters.assembly import Adapter
+from server.adapters.slot_mix import OperatorRows, Segment, SlotMix, TorchRows
+from server.adapters.slot_operator import SlotOperator
+from server.adapters.slot_tables import LinearTable, make_tables
 from server.errors import AdapterUnavailable
 from server.memory import lazy_zeros
-
-
-@dataclass
-class _InputGroup:
-    """Linears that read the same input, so that one product shrinks it for all of them."""
-
-    linears: tuple[str, ...]
-    d_in: int
-    A: Tensor | None = None  # (S, len(linears) * r, d_in), allocated on first use
-
-
-@dataclass
-class _LinearTable:
-    group: _InputGroup
-    place: int  # of this linear in its group
-    d_in: int
-    d_out: int
-    B: Tensor | None = None  # (S, r, d_out) with the scaling folded in, allocated on first use
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Rows start … stop-1 of a step, all of the adapter in `slot`."""
-
-    slot: int
-    start: int
-    stop: int
 
 
 class AdapterSlots:
     """A fixed number of slots, each holding one adapter by key; shared, reference-counted, least recently used out.
 
-    `linear_sizes` is {name: (d_in, d_out)}; `input_groups` names linears that read the same input tensor.
+    `linear_sizes` is {name: (d_in, d_out)}; `input_groups` names linears that read the same input tensor. `dtype` is
+    the tables'. With an `operator` rows must be on CPU in fp32, and tables of one of its types.
     """
 
     def __init__(
@@ -59,12 +35,14 @@ class AdapterSlots:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         input_groups: Iterable[Sequence[str]] = (),
+        operator: SlotOperator | None = None,
     ) -> None:
         self.num_slots = num_slots
         self.dtype = dtype
         self.device = torch.device(device)
         self.rank = 0  # the largest seen; every table is padded to it
-        self._tables = _make_tables(linear_sizes, input_groups)
+        self._operator = operator
+        self._tables = make_tables(linear_sizes, input_groups)
         self._empty = list(range(num_slots))  # a heap of slots that hold nothing
         self._slot_of: dict[str, int] = {}
         self._references: dict[str, int] = {}  # keys in use
@@ -101,8 +79,8 @@ class AdapterSlots:
         """
         if not decode_slots and not segments:
             return None
-        decode = _group_rows(decode_slots, self.device) if decode_slots else None
-        return SlotMix(self._tables, self.rank, decode, tuple(segments))
+        rows = self._decode_rows(decode_slots) if decode_slots else None
+        return SlotMix(self._tables, self.rank, rows, tuple(segments))
 
     def check_integrity(self) -> None:
         """Assert that every slot is empty, idle or referenced, and only one of these."""
@@ -111,6 +89,11 @@ class AdapterSlots:
         assert self._references.keys() | self._idle.keys() == self._slot_of.keys(), "a resident adapter is unaccounted"
         assert not self._references.keys() & self._idle.keys(), "an adapter in use counts as idle"
         assert all(count > 0 for count in self._references.values()), "an adapter has no references but is in use"
+
+    def _decode_rows(self, slots: Sequence[int]) -> OperatorRows | TorchRows:
+        if self._operator is not None:
+            return OperatorRows(self._operator, slots)
+        return TorchRows(self.rank, slots, self.device)
 
     def _take_slot(self) -> int:
         if self._empty:
@@ -136,6 +119,7 @@ class AdapterSlots:
             self._widen(adapter.rank)
         for linear in adapter.weights:
             self._allocate(self._tables[linear])
+        self._describe()
         for linear, table in self._tables.items():
             if table.B is None:
                 continue
@@ -146,14 +130,23 @@ class AdapterSlots:
             B[rank:].zero_()
             if weights is not None:
                 A[:rank].copy_(weights.A.T)
-                torch.mul(weights.B.to(B), adapter.scaling, out=B[:rank])
+                B[:rank].copy_(weights.B * adapter.scaling)
 
-    def _allocate(self, table: _LinearTable) -> None:
+    def _allocate(self, table: LinearTable) -> None:
         group = table.group
         if group.A is None:
             group.A = self._zeros(len(group.linears) * self.rank, group.d_in)
         if table.B is None:
             table.B = self._zeros(self.rank, table.d_out)
+
+    def _describe(self) -> None:
+        """Tell the operator where the tables lie."""
+        if self._operator is None:
+            return
+        for table in self._tables.values():
+            if table.B is not None and table.described is None:
+                assert table.group.A is not None
+                table.described = self._operator.describe(table.group.A, table.B, table.columns(self.rank).start)
 
     def _widen(self, rank: int) -> None:
         """Pad all tables to a larger rank."""
@@ -167,126 +160,16 @@ class AdapterSlots:
             if table.B is not None:
                 narrow, table.B = table.B, self._zeros(rank, table.d_out)
                 table.B[:, :old] = narrow
+                table.described = None
 
     def _zeros(self, *shape: int) -> Tensor:
         return lazy_zeros((self.num_slots, *shape), self.dtype, self.device)
 
 
-@dataclass(frozen=True)
-class DecodeRows:
-    """One-token rows grouped by slot: group g's rows lie at g * height … of a padded (groups * height) block.
-
-    The index tensors are None when the rows lie in that order already, without padding.
-    """
-
-    slots: slice | Tensor  # the groups' slots: a range, or (groups,)
-    groups: int
-    height: int  # rows of the largest group
-    count: int  # rows with an adapter; they come first
-    source: Tensor | None  # (groups * height,) which row each padded place reads
-    places: Tensor | None  # (count,) the padded place of each row
-
-    def pick(self, table: Tensor) -> Tensor:
-        """The groups' part (groups, …) of a table (S, …)."""
-        return table[self.slots] if isinstance(self.slots, slice) else table.index_select(0, self.slots)
-
-
-class SlotMix(AddedMix):
-    """The mix over slots for flattened rows (1, N, d): decode rows first, then whole segments.
-
-    Rows that belong to neither are left exactly as the backbone computed them.
-    """
-
-    def __init__(
-        self,
-        tables: Mapping[str, _LinearTable],
-        rank: int,
-        decode: DecodeRows | None,
-        segments: tuple[Segment, ...],
-    ) -> None:
-        self._tables = tables
-        self._rank = rank
-        self._decode = decode
-        self._segments = segments
-        self._x: Tensor | None = None  # the input, and the group, that the hidden parts below belong to
-        self._group: _InputGroup | None = None
-        self._hidden: list[Tensor] = []  # decode (groups, height, R), then (rows, R) per segment
-
-    def add(self, linear: str, x: Tensor, y: Tensor) -> Tensor:
-        """y (1, N, d_out) plus each row's (x A) B, in place, with x (1, N, d_in)."""
-        table = self._tables[linear]
-        if table.B is None:
-            return y
-        if self._x is not x or self._group is not table.group:  # a group's linears follow each other on one tensor
-            self._hidden = self._shrink(table.group, x[0])
-            self._x, self._group = x, table.group
-        start = table.place * self._rank
-        self._expand(table.B, start, y[0])
-        return y
-
-    def _shrink(self, group: _InputGroup, x: Tensor) -> list[Tensor]:
-        """x (N, d_in) -> the low-rank inputs of all linears of the group."""
-        assert group.A is not None
-        hidden: list[Tensor] = []
-        rows = self._decode
-        if rows is not None:
-            block = x[: rows.count] if rows.source is None else x.index_select(0, rows.source)
-            block = block.view(rows.groups, rows.height, -1)
-            hidden.append(torch.bmm(block, rows.pick(group.A).transpose(1, 2)))
-        hidden.extend(x[s.start : s.stop] @ group.A[s.slot].T for s in self._segments)
-        return hidden
-
-    def _expand(self, B: Tensor, start: int, y: Tensor) -> None:
-        """Add to y (N, d_out) what the hidden columns from `start` make with B (S, r, d_out)."""
-        columns = slice(start, start + self._rank)
-        hidden = iter(self._hidden)
-        rows = self._decode
-        if rows is not None:
-            h = next(hidden)[:, :, columns]
-            if rows.places is None:
-                y[: rows.count].view(rows.groups, rows.height, -1).baddbmm_(h, rows.pick(B))
-            else:
-                delta = torch.bmm(h, rows.pick(B)).view(-1, y.shape[1])
-                y[: rows.count] += delta.index_select(0, rows.places)
-        for segment, h in zip(self._segments, hidden, strict=True):
-            y[segment.start : segment.stop].addmm_(h[:, columns], B[segment.slot])
-
-
-def _group_rows(slots: Sequence[int], device: torch.device) -> DecodeRows:
-    """Group rows, given in ascending order of their slots."""
-    groups: dict[int, list[int]] = {}
-    for row, slot in enumerate(slots):
-        groups.setdefault(slot, []).append(row)
-    height = max(map(len, groups.values()))
-    low, high = slots[0], slots[-1] + 1
-    assert list(groups) == sorted(groups), "decode rows are not in ascending order of their slots"
-    whole = slice(low, high) if high - low == len(groups) else torch.tensor(list(groups), device=device)
-    if len(slots) == len(groups) * height:
-        return DecodeRows(whole, len(groups), height, len(slots), source=None, places=None)
-    source = [rows[min(place, len(rows) - 1)] for rows in groups.values() for place in range(height)]
-    places = [group * height + place for group, rows in enumerate(groups.values()) for place in range(len(rows))]
-    index = torch.tensor([*source, *places], device=device)
-    return DecodeRows(whole, len(groups), height, len(slots), index[: len(source)], index[len(source) :])
-
-
-def _rows_of(table: _LinearTable, slot: int, rank: int) -> Tensor:
+def _rows_of(table: LinearTable, slot: int, rank: int) -> Tensor:
     """A's rows (r, d_in) of one linear in one slot."""
     assert table.group.A is not None
-    return table.group.A[slot, table.place * rank : (table.place + 1) * rank]
-
-
-def _make_tables(
-    sizes: Mapping[str, tuple[int, int]], input_groups: Iterable[Sequence[str]]
-) -> dict[str, _LinearTable]:
-    tables: dict[str, _LinearTable] = {}
-    grouped = {linear for group in input_groups for linear in group}
-    for linears in (*input_groups, *([linear] for linear in sizes if linear not in grouped)):
-        group = _InputGroup(tuple(linears), sizes[linears[0]][0])
-        for place, linear in enumerate(linears):
-            d_in, d_out = sizes[linear]
-            assert d_in == group.d_in, f"the linears {linears} cannot read the same input"
-            tables[linear] = _LinearTable(group, place, d_in, d_out)
-    return tables
+    return table.group.A[slot, table.columns(rank)]
 
 
 class InputGroupFinder(AddedMix):

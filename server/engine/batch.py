@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from server.adapters.slots import AdapterSlots, Segment, SlotMix
+from server.adapters.slot_mix import Segment, SlotMix
+from server.adapters.slots import AdapterSlots
 from server.engine.config import Path
 from server.engine.merged import MergedMix
 from server.engine.paths import choose_path

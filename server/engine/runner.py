@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from server.adapters.adapted_linear import AdaptedLinear, AdapterContext
 from server.adapters.injection import linear_sizes
+from server.adapters.slot_operator import load_slot_operator
 from server.adapters.slots import AdapterSlots, InputGroupFinder
 from server.engine.attention import CachedAttention, switch_to_cache
 from server.engine.batch import Batch, build_batch
@@ -122,12 +123,18 @@ class Runner:
 
     @torch.inference_mode()
     def _make_slots(self, groups: list[list[str]]) -> AdapterSlots:
+        dtype: torch.dtype = self._model.dtype
+        on_cpu = self._device.type == "cpu" and dtype == torch.float32
+        operator = load_slot_operator() if on_cpu and self._config.slot_operator else None
+        if operator is not None and self._config.quantization == "int8":
+            dtype = torch.float16  # half the memory to read, and rounded far less than the weights are
         return AdapterSlots(
             linear_sizes(self._model),
             self._config.num_adapter_slots,
-            dtype=self._model.dtype,
+            dtype=dtype,
             device=self._device,
             input_groups=groups,
+            operator=operator,
         )
 
     def _make_merged(self) -> MergedCopies:

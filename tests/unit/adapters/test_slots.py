@@ -11,7 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from server.adapters.assembly import Adapter, LowRank
-from server.adapters.slots import AdapterSlots, InputGroupFinder, Segment
+from server.adapters.slot_mix import Segment
+from server.adapters.slot_operator import SlotOperator, load_slot_operator
+from server.adapters.slots import AdapterSlots, InputGroupFinder
 from server.errors import AdapterUnavailable
 
 SIZES = {"q": (6, 10), "k": (6, 4), "v": (6, 4), "o": (10, 6), "other": (3, 5)}
@@ -67,9 +69,17 @@ def check(
             assert torch.equal(found[0, untouched], before[0, untouched])
 
 
+@pytest.fixture(params=["torch", "operator"])
+def operator(request: pytest.FixtureRequest) -> SlotOperator | None:
+    if request.param == "torch":
+        return None
+    found = load_slot_operator()
+    return pytest.skip("the compiled operator was not built") if found is None else found
+
+
 @pytest.fixture
-def slots() -> AdapterSlots:
-    return AdapterSlots(SIZES, 8, input_groups=GROUPS)
+def slots(operator: SlotOperator | None) -> AdapterSlots:
+    return AdapterSlots(SIZES, 8, input_groups=GROUPS, operator=operator)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +127,27 @@ def test_any_mix_equals_one_product_per_row(slots: AdapterSlots) -> None:
         slots.check_integrity()
 
 
-def test_linears_that_share_an_input_without_being_grouped_do_not_share_its_product() -> None:
-    slots = AdapterSlots(SIZES, 2)
+def test_tables_in_fp16_are_summed_in_fp32(operator: SlotOperator | None) -> None:
+    slots = AdapterSlots(SIZES, 2, torch.float16, input_groups=GROUPS, operator=operator)
+    owner = adapter(3)
+    rounded = {n: LowRank(w.A.half().float(), (w.B * 1.5).half().float() / 1.5) for n, w in owner.weights.items()}
+    slot = slots.acquire("a", owner)
+    check(slots, [(slot, Adapter(rounded, 3.0, 2))] * 3, 1, [(Adapter(rounded, 3.0, 2), slot, 4)])
+
+
+def test_an_output_that_lies_otherwise_in_memory_is_added_to(slots: AdapterSlots) -> None:
+    owner = adapter(3)
+    mix = slots.mix([slots.acquire("a", owner)], [])
+    assert mix is not None
+    x, y = torch.randn(1, 6, 3).transpose(1, 2), torch.randn(1, 10, 3).transpose(1, 2)
+    owners = [owner, None, None]
+    torch.testing.assert_close(mix.add("q", x, y.clone())[0], expected(x[0], y[0], owners, "q"))
+
+
+def test_linears_that_share_an_input_without_being_grouped_do_not_share_its_product(
+    operator: SlotOperator | None,
+) -> None:
+    slots = AdapterSlots(SIZES, 2, operator=operator)
     owner = adapter(3)
     slot = slots.acquire("a", owner)
     mix = slots.mix([slot], [])

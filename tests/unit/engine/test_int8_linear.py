@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -146,10 +147,11 @@ def test_sixteen_bit_input_gives_sixteen_bit_output() -> None:
     assert linear.weight.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("slot_operator", [True, False], ids=["operator", "torch"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gpt2", "mistral_sliding"])
-def test_greedy_tokens_are_those_of_the_plain_8_bit_model(family: str) -> None:
+def test_greedy_tokens_are_those_of_the_plain_8_bit_model(family: str, slot_operator: bool) -> None:
     model = make_model(family)
-    driver = Driver(model, INT8)
+    driver = Driver(model, replace(INT8, slot_operator=slot_operator))
     adapters = [None, driver.handle(1), driver.handle(2, rank=3)]
     asked = [(random_prompt(n, 3 + 4 * n), adapters[n % 3]) for n in range(6)]
     ids = [driver.add(prompt, adapter=handle, max_new_tokens=8) for prompt, handle in asked]

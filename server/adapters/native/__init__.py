@@ -1,0 +1,1 @@
+"""The compiled operator: its C++ source, and once the package is installed its library."""

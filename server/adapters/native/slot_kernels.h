@@ -1,0 +1,133 @@
+// The products of one row with its slot's tables. Included once per instruction set, inside a namespace of its own,
+// with VECTOR_BYTES as wide as that set's registers.
+//
+// Tables hold fp32 or fp16 numbers; everything is summed in fp32. A row's sums are made in the same order whatever
+// else is in the batch.
+
+typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
+typedef uint16_t Shorts __attribute__((vector_size(VECTOR_BYTES / 2)));
+
+constexpr int64_t kLanes = VECTOR_BYTES / sizeof(float);
+constexpr int kDots = 8;    // dot products at once: as many independent sums as hide the latency of one
+constexpr int kBlocks = 4;  // vectors of an output row at once
+
+INLINE Floats load(const float* values) {
+    Floats loaded;
+    memcpy(&loaded, values, sizeof loaded);
+    return loaded;
+}
+
+// Exact for every fp16 number. Its exponent and digits, taken for those of an fp32 number, are off by 2^112.
+INLINE Floats widen(Shorts halves) {
+    const Words bits = __builtin_convertvector(halves, Words);
+    const Words magnitude = (bits & 0x7fff) << 13;
+    Floats scaled;
+    memcpy(&scaled, &magnitude, sizeof scaled);
+    scaled *= 0x1p112f;
+    Words finite;
+    memcpy(&finite, &scaled, sizeof finite);
+    const Words not_finite = (Words)(magnitude >= 0x0f800000);
+    const Words widened = (finite | (not_finite & 0x7f800000)) | ((bits & 0x8000) << 16);
+    Floats values;
+    memcpy(&values, &widened, sizeof values);
+    return values;
+}
+
+INLINE Floats load(const Half* values) {
+#if VECTOR_BYTES == 64
+    return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
+#elif VECTOR_BYTES == 32
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
+#else
+    Shorts halves;
+    memcpy(&halves, values, sizeof halves);
+    return widen(halves);
+#endif
+}
+
+// The first `count` values, and zeros behind them.
+template <class Number>
+INLINE Floats load_part(const Number* values, int64_t count) {
+    Number part[kLanes] = {};
+    memcpy(part, values, count * sizeof(Number));
+    return load(part);
+}
+
+INLINE float total(Floats values) {
+    float parts[kLanes];
+    memcpy(parts, &values, sizeof values);
+    for (int64_t width = kLanes / 2; width; width /= 2)
+        for (int64_t lane = 0; lane < width; ++lane) parts[lane] += parts[lane + width];
+    return parts[0];
+}
+
+// u[j] = x · A[j] for `count` neighbouring rows of A.
+template <int count, class Number>
+INLINE void dots(const float* x, const Number* A, int64_t d_in, float* u) {
+    Floats sums[count] = {};
+    int64_t i = 0;
+    for (; i + kLanes <= d_in; i += kLanes) {
+        const Floats values = load(x + i);
+#pragma GCC unroll 8
+        for (int j = 0; j < count; ++j) {
+            const Number* weights = A + j * d_in + i;
+            __builtin_prefetch(weights + count * d_in);  // what the next rows need
+            sums[j] += values * load(weights);
+        }
+    }
+    if (i < d_in) {
+        const Floats values = load_part(x + i, d_in - i);
+        for (int j = 0; j < count; ++j) sums[j] += values * load_part(A + j * d_in + i, d_in - i);
+    }
+    for (int j = 0; j < count; ++j) u[j] = total(sums[j]);
+}
+
+// x (d_in,) -> u (width,), with A (width, d_in).
+template <class Number>
+static void shrink(const float* x, const Number* A, int64_t d_in, int64_t width, float* u) {
+    int64_t j = 0;
+    for (; j + kDots <= width; j += kDots) dots<kDots>(x, A + j * d_in, d_in, u + j);
+    for (; j < width; ++j) dots<1>(x, A + j * d_in, d_in, u + j);
+}
+
+// y += u B for `count` neighbouring vectors of y, with B's rows d_out apart.
+template <int count, class Number>
+INLINE void add_columns(const float* u, const Number* B, int64_t rank, int64_t d_out, float* y) {
+    Floats sums[count];
+    for (int c = 0; c < count; ++c) sums[c] = load(y + c * kLanes);
+    for (int64_t j = 0; j < rank; ++j) {
+#pragma GCC unroll 4
+        for (int c = 0; c < count; ++c) sums[c] += u[j] * load(B + j * d_out + c * kLanes);
+    }
+    memcpy(y, sums, sizeof sums);
+}
+
+// y (d_out,) += u (rank,) B (rank, d_out).
+template <class Number>
+static void expand(const float* u, const Number* B, int64_t rank, int64_t d_out, float* y) {
+    int64_t column = 0;
+    for (; column + kBlocks * kLanes <= d_out; column += kBlocks * kLanes)
+        add_columns<kBlocks>(u, B + column, rank, d_out, y + column);
+    for (; column + kLanes <= d_out; column += kLanes) add_columns<1>(u, B + column, rank, d_out, y + column);
+    const int64_t rest = d_out - column;
+    if (rest == 0) return;
+    Floats sums = load_part(y + column, rest);
+    for (int64_t j = 0; j < rank; ++j) sums += u[j] * load_part(B + j * d_out + column, rest);
+    memcpy(y + column, &sums, rest * sizeof(float));
+}
+
+template <class Number>
+INLINE void add_typed(const Linear& linear, int64_t slot, const float* x, bool has_hidden, float* u, float* y) {
+    const Number* A = static_cast<const Number*>(linear.A) + slot * linear.width * linear.d_in;
+    const Number* B = static_cast<const Number*>(linear.B) + slot * linear.rank * linear.d_out;
+    if (!has_hidden) shrink(x, A, linear.d_in, linear.width, u);
+    expand(u + linear.first, B, linear.rank, linear.d_out, y);
+}
+
+static void add_row(const Linear& linear, int64_t slot, const float* x, bool has_hidden, float* u, float* y) {
+    if (linear.is_half)
+        add_typed<Half>(linear, slot, x, has_hidden, u, y);
+    else
+        add_typed<float>(linear, slot, x, has_hidden, u, y);
+}
