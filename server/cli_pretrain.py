@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, TypeVar
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from server.training.sampling import SamplingConfig
 
 E = TypeVar("E", bound=StrEnum)
+_ROWS_PER_TASK = 4
 
 plot = typer.Typer(help="Pictures of what was logged; they need the extra `plot`.", no_args_is_help=True)
 
@@ -51,7 +53,10 @@ def pretrain(
     temperature: Annotated[
         float | None, typer.Option(help="Draw a task by its size to the power of 1 / temperature  [default: 2]")
     ] = None,
-    rows_per_task: Annotated[int, typer.Option(min=1, help="Rows of a task that stand together in a batch")] = 1,
+    rows_per_task: Annotated[
+        int | None,
+        typer.Option(min=1, help="Rows of a task that stand together; 4 if the batch size allows, else fewer"),
+    ] = None,
     seed: Annotated[int, typer.Option(min=0)] = 0,
     checkpoint_every: Annotated[int, typer.Option(min=1, help="Steps")] = 100,
     alignment_every: Annotated[int, typer.Option(min=0, help="Steps between measures of gradient alignment")] = 0,
@@ -77,7 +82,7 @@ def pretrain(
         alpha=alpha,
         batch_size=batch_size,
         accumulate=accumulate,
-        sampling=_sampling(task_sampling, temperature, rows_per_task),
+        sampling=_sampling(task_sampling, temperature, rows_per_task or math.gcd(_ROWS_PER_TASK, batch_size)),
         checkpoint_every=checkpoint_every,
         alignment_every=alignment_every,
         alignment_tasks=alignment_tasks,

@@ -57,6 +57,16 @@ def test_every_option_reaches_the_run(mhr: CliRunner, data: Path, tmp_path: Path
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("batch_size", "rows"), [(8, 4), (6, 2), (3, 1)])
+def test_as_many_rows_of_a_task_stand_together_as_the_batch_allows_up_to_four(
+    mhr: CliRunner, data: Path, tmp_path: Path, batch_size: int, rows: int
+) -> None:
+    result = _pretrain(mhr, data, tmp_path / "out", "--batch-size", str(batch_size), "--json")
+    assert result.exit_code == 0, result.output
+    inventory = Inventory.from_bytes(Path(json.loads(result.stdout)["inventory"]).read_bytes())
+    assert inventory.training["rows_per_task"] == rows
+
+
 @pytest.mark.parametrize(
     ("options", "complaint"),
     [
