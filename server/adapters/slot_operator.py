@@ -80,6 +80,7 @@ class SlotOperator:
 
         hidden (rows, width): the low-rank inputs of all linears with this input, computed unless `has_hidden`.
         """
+        rows = slots.numel()
         self._add_rows(
             self._kernel,
             ctypes.byref(tables),
@@ -88,8 +89,8 @@ class SlotOperator:
             hidden.data_ptr(),
             has_hidden,
             slots.data_ptr(),
-            len(slots),
-            min(threads, len(slots)),
+            rows,
+            min(threads, rows),
         )
 
 

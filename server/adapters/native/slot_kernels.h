@@ -1,7 +1,8 @@
 // The products of one row with its slot's tables. Included once per instruction set, inside a namespace of its own,
 // with VECTOR_BYTES as wide as that set's registers.
 //
-// Tables hold fp32 or fp16 numbers; everything is summed in fp32. A row's sums are made in the same order whatever
+// Tables hold fp32 or fp16 numbers, and each of them is used once a row: what counts is how fast they come from memory.
+// So while a row is computed, those of the next one are fetched. Everything is summed in fp32. A row's sums are made in the same order whatever
 // else is in the batch.
 
 typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
@@ -62,9 +63,9 @@ INLINE float total(Floats values) {
     return parts[0];
 }
 
-// u[j] = x · A[j] for `count` neighbouring rows of A.
+// u[j] = x · A[j] for `count` neighbouring rows of A. The numbers of the row that follows lie `ahead` of these.
 template <int count, class Number>
-INLINE void dots(const float* x, const Number* A, int64_t d_in, float* u) {
+INLINE void dots(const float* x, const Number* A, int64_t ahead, int64_t d_in, float* u) {
     Floats sums[count] = {};
     int64_t i = 0;
     for (; i + kLanes <= d_in; i += kLanes) {
@@ -72,7 +73,7 @@ INLINE void dots(const float* x, const Number* A, int64_t d_in, float* u) {
 #pragma GCC unroll 8
         for (int j = 0; j < count; ++j) {
             const Number* weights = A + j * d_in + i;
-            __builtin_prefetch(weights + count * d_in);  // what the next rows need
+            __builtin_prefetch(weights + ahead, 0, 2);
             sums[j] += values * load(weights);
         }
     }
@@ -85,31 +86,35 @@ INLINE void dots(const float* x, const Number* A, int64_t d_in, float* u) {
 
 // x (d_in,) -> u (width,), with A (width, d_in).
 template <class Number>
-static void shrink(const float* x, const Number* A, int64_t d_in, int64_t width, float* u) {
+static void shrink(const float* x, const Number* A, int64_t ahead, int64_t d_in, int64_t width, float* u) {
     int64_t j = 0;
-    for (; j + kDots <= width; j += kDots) dots<kDots>(x, A + j * d_in, d_in, u + j);
-    for (; j < width; ++j) dots<1>(x, A + j * d_in, d_in, u + j);
+    for (; j + kDots <= width; j += kDots) dots<kDots>(x, A + j * d_in, ahead, d_in, u + j);
+    for (; j < width; ++j) dots<1>(x, A + j * d_in, ahead, d_in, u + j);
 }
 
 // y += u B for `count` neighbouring vectors of y, with B's rows d_out apart.
 template <int count, class Number>
-INLINE void add_columns(const float* u, const Number* B, int64_t rank, int64_t d_out, float* y) {
+INLINE void add_columns(const float* u, const Number* B, int64_t ahead, int64_t rank, int64_t d_out, float* y) {
     Floats sums[count];
     for (int c = 0; c < count; ++c) sums[c] = load(y + c * kLanes);
     for (int64_t j = 0; j < rank; ++j) {
 #pragma GCC unroll 4
-        for (int c = 0; c < count; ++c) sums[c] += u[j] * load(B + j * d_out + c * kLanes);
+        for (int c = 0; c < count; ++c) {
+            const Number* weights = B + j * d_out + c * kLanes;
+            __builtin_prefetch(weights + ahead, 0, 2);
+            sums[c] += u[j] * load(weights);
+        }
     }
     memcpy(y, sums, sizeof sums);
 }
 
 // y (d_out,) += u (rank,) B (rank, d_out).
 template <class Number>
-static void expand(const float* u, const Number* B, int64_t rank, int64_t d_out, float* y) {
+static void expand(const float* u, const Number* B, int64_t ahead, int64_t rank, int64_t d_out, float* y) {
     int64_t column = 0;
     for (; column + kBlocks * kLanes <= d_out; column += kBlocks * kLanes)
-        add_columns<kBlocks>(u, B + column, rank, d_out, y + column);
-    for (; column + kLanes <= d_out; column += kLanes) add_columns<1>(u, B + column, rank, d_out, y + column);
+        add_columns<kBlocks>(u, B + column, ahead, rank, d_out, y + column);
+    for (; column + kLanes <= d_out; column += kLanes) add_columns<1>(u, B + column, ahead, rank, d_out, y + column);
     const int64_t rest = d_out - column;
     if (rest == 0) return;
     Floats sums = load_part(y + column, rest);
@@ -118,16 +123,20 @@ static void expand(const float* u, const Number* B, int64_t rank, int64_t d_out,
 }
 
 template <class Number>
-INLINE void add_typed(const Linear& linear, int64_t slot, const float* x, bool has_hidden, float* u, float* y) {
-    const Number* A = static_cast<const Number*>(linear.A) + slot * linear.width * linear.d_in;
-    const Number* B = static_cast<const Number*>(linear.B) + slot * linear.rank * linear.d_out;
-    if (!has_hidden) shrink(x, A, linear.d_in, linear.width, u);
-    expand(u + linear.first, B, linear.rank, linear.d_out, y);
+INLINE void add_typed(const Linear& linear, int64_t slot, int64_t next_slot, const float* x, bool has_hidden, float* u,
+                      float* y) {
+    const int64_t size_A = linear.width * linear.d_in, size_B = linear.rank * linear.d_out;
+    const int64_t ahead = next_slot - slot;
+    const Number* A = static_cast<const Number*>(linear.A) + slot * size_A;
+    const Number* B = static_cast<const Number*>(linear.B) + slot * size_B;
+    if (!has_hidden) shrink(x, A, ahead * size_A, linear.d_in, linear.width, u);
+    expand(u + linear.first, B, ahead * size_B, linear.rank, linear.d_out, y);
 }
 
-static void add_row(const Linear& linear, int64_t slot, const float* x, bool has_hidden, float* u, float* y) {
+static void add_row(const Linear& linear, int64_t slot, int64_t next_slot, const float* x, bool has_hidden, float* u,
+                    float* y) {
     if (linear.is_half)
-        add_typed<Half>(linear, slot, x, has_hidden, u, y);
+        add_typed<Half>(linear, slot, next_slot, x, has_hidden, u, y);
     else
-        add_typed<float>(linear, slot, x, has_hidden, u, y);
+        add_typed<float>(linear, slot, next_slot, x, has_hidden, u, y);
 }

@@ -55,7 +55,7 @@ namespace plain {
 #undef VECTOR_BYTES
 }  // namespace plain
 
-using AddRow = void (*)(const Linear&, int64_t, const float*, bool, float*, float*);
+using AddRow = void (*)(const Linear&, int64_t, int64_t, const float*, bool, float*, float*);
 
 // The products on the named instruction set; null where it is unknown or this processor lacks it.
 extern "C" AddRow mhr_find_kernel(const char* name) {
@@ -73,6 +73,6 @@ extern "C" void mhr_add_rows(AddRow kernel, const Linear* linear, const float* x
                              int has_hidden, const int64_t* slots, int64_t rows, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row)
-        kernel(*linear, slots[row], x + row * linear->d_in, has_hidden != 0, hidden + row * linear->width,
-               y + row * linear->d_out);
+        kernel(*linear, slots[row], slots[row + 1 < rows ? row + 1 : row], x + row * linear->d_in, has_hidden != 0,
+               hidden + row * linear->width, y + row * linear->d_out);
 }
