@@ -18,7 +18,8 @@ from transformers import (
 )
 
 from server.adapters.injection import inject
-from server.engine.config import EngineConfig
+from server.adapters.slot_operator import load_slot_operator
+from server.engine.config import EngineConfig, Quantization
 from server.engine.runner import Runner
 from server.errors import InvalidInput
 from tests.unit.engine.driver import CONTEXT, SHAPE, Driver, make_model, random_prompt
@@ -107,3 +108,15 @@ def test_an_exception_in_the_forward_pass_gives_the_model_its_attention_back(mon
     assert driver.runner._model.config._attn_implementation == before
     assert driver.runner._attention._batch is None
     assert driver.runner._context.mix is None
+
+
+@pytest.mark.parametrize(("quantization", "dtype"), [("none", torch.float32), ("int8", torch.float16)])
+def test_the_operators_tables_are_as_exact_as_the_weights(
+    quantization: Quantization, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if load_slot_operator() is None:
+        pytest.skip("the compiled operator was not built")
+    config = EngineConfig(max_batch=2, max_context=CONTEXT, quantization=quantization)
+    assert Driver(make_model(), config).runner._slots.dtype == dtype
+    monkeypatch.setattr("server.engine.runner.load_slot_operator", lambda: None)
+    assert Driver(make_model(), config).runner._slots.dtype == torch.float32
