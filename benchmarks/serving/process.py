@@ -36,7 +36,7 @@ class ServerProcess:
         self._log = log
         with log.open("ab") as output:
             self._process = subprocess.Popen(
-                command, cwd=ROOT, env={**os.environ, **environ}, stdout=output, stderr=output, start_new_session=True
+                command, cwd=ROOT, env={**os.environ, **environ}, stdout=output, stderr=output, process_group=0
             )
         try:
             self._wait_until_ready(shlex.join(command), ready_path)
