@@ -8,6 +8,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
 STAMP := $(VENV)/.installed
 ARGS ?=
+BENCH ?= $(patsubst benchmarks/bench_%.py,%,$(wildcard benchmarks/bench_*.py))
 
 .PHONY: help install serve test lint fix bench
 .DEFAULT_GOAL := help
@@ -18,7 +19,7 @@ help:
 	@echo "make test      lint, types and every test"
 	@echo "make lint      ruff and mypy"
 	@echo "make fix       let ruff repair and format what it can"
-	@echo "make bench     the benchmarks; each prints one JSON document last"
+	@echo "make bench     the benchmarks, or one: make bench BENCH=http ARGS='many cold'; each prints one JSON document last"
 
 install: $(STAMP)
 	@:
@@ -51,4 +52,4 @@ fix: install
 	@$(BIN)/ruff format .
 
 bench: install
-	@for script in benchmarks/bench_*.py; do echo "== $$script" >&2; $(BIN)/python $$script $(ARGS) || exit 1; done
+	@for name in $(BENCH); do echo "== $$name" >&2; $(BIN)/python benchmarks/bench_$$name.py $(ARGS) || exit 1; done

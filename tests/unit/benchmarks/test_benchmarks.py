@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
 
-from server.settings import Settings
 from server.training.batches import EncodedExample, collate
-from tests.support.tiny_server import LiveServer, write_tiny_model
+from tests.support.tiny_server import write_tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
 SMALL = ["--tasks=3", "--skills=2", "--heads=2", "--rank=2", "--warmup=0", "--repeats=1"]
@@ -28,6 +30,12 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def forget_benchmarks() -> None:
+    """The scripts' modules lie beside them and have plain names."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in ("common", "serving")]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., dict[str, Any]]]:
     """Runs a benchmark's script and returns its last line."""
@@ -39,7 +47,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
         return json.loads(capsys.readouterr().out.splitlines()[-1])
 
     yield run_script
-    sys.modules.pop("common", None)
+    forget_benchmarks()
 
 
 def test_engine_offline_compares_the_same_tokens(
@@ -72,7 +80,7 @@ def test_quality_of_int8_is_skipped_without_data(
     monkeypatch.setattr(sys, "argv", ["bench_quality_int8.py"])
     runpy.run_path(str(BENCHMARKS / "bench_quality_int8.py"), run_name="__main__")
     assert capsys.readouterr().out.startswith("skipped:")
-    sys.modules.pop("common", None)
+    forget_benchmarks()
 
 
 def test_prefix_counts_what_is_computed_again(
@@ -114,7 +122,7 @@ def test_training_step_draws_batches_from_task_files(
 def test_training_step_gives_both_trainers_the_same_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     pad = runpy.run_path(str(BENCHMARKS / "bench_training_step.py"))["pad"]
-    sys.modules.pop("common", None)
+    forget_benchmarks()
     sequences = [(2, (7, 8, 1), (5, 6)), (0, (3, 4), (9,)), (2, (7, 8, 2, 3), (4,)), (2, (7, 8, 5), (1, 2, 3))]
     padded = pad(collate([EncodedExample(task, prompt, (answer,)) for task, prompt, answer in sequences]))
     found = [
@@ -124,19 +132,80 @@ def test_training_step_gives_both_trainers_the_same_sequences(monkeypatch: pytes
     assert sorted(found) == sorted(sequences)
 
 
-def test_http_asks_every_task_of_a_running_server(
+HTTP_SIZES = [
+    *("--skills=2", "--heads=2", "--rank=2", "--clients=3", "--tasks=5", "--prompt-tokens=9", "--new-tokens=4"),
+    *("--repeats=1", "--warmup=0", "--quantization=none"),
+]
+
+
+def test_http_compares_tasks_with_no_adapter_and_with_the_engine_alone(
     run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:
-    settings = Settings(backbone=str(tiny_model), data_dir=tmp_path / "data", port=0, worker=False, max_context=256)
-    server = LiveServer(settings, tasks=True)
-    try:
-        server.wait_ready()
-        times = ["--warmup-s=0.1", "--window-s=0.2", "--repeats=2"]
-        sizes = ["--users", "1", "3", "--prompt-words=4", "--new-tokens=3"]
-        document = run("bench_http.py", f"--url={server.url}", *times, *sizes)
-    finally:
-        server.stop()
-    assert document["results"]["tasks"] == 2
-    levels = document["results"]["levels"]
-    assert [level["users"] for level in levels] == [1, 3]
-    assert all(level["errors"] == 0 and level["tokens_per_s"] > 0 for level in levels)
+    where = [f"--backbone={tiny_model}", f"--cache-dir={tmp_path}"]
+    results = run("bench_http.py", "mixed", "overhead", *where, *HTTP_SIZES)["results"]
+    assert set(results["mixed"]["contenders"]) == {"no adapter", "3 tasks"}
+    assert set(results["overhead"]["ratios"]) == {"HTTP / engine offline", "HTTP, streamed / engine offline"}
+    assert all(ratio["median"] > 0 for result in results.values() for ratio in result["ratios"].values())
+
+
+def test_http_waits_for_a_cold_task_and_beside_a_long_prompt(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    where = [f"--backbone={tiny_model}", f"--cache-dir={tmp_path}"]
+    sizes = ["--streams=2", "--stream-tokens=200", "--long-tokens=100", "--arrival-s=0.2"]
+    results = run("bench_http.py", "cold", "long-prompt", *where, *HTTP_SIZES, *sizes)["results"]
+    assert results["cold"]["cold"].keys() == {"cold_ms", "warm_ms", "extra_ms", "extra_p95_ms"}
+    (ratio,) = results["long-prompt"].values()
+    assert ratio["at_most"] == 2.0
+
+
+def test_http_says_which_peers_are_left_out(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    where = [f"--backbone={tiny_model}", f"--cache-dir={tmp_path}", "--offline-peers"]
+    document = run("bench_http.py", *HTTP_SIZES, *where, "--", "peers")
+    assert document["results"]["peers"] == {"skipped": "no peer was given"}
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Imports a module of the package `serving`."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield lambda name: importlib.import_module(f"serving.{name}")
+    forget_benchmarks()
+
+
+def test_waves_of_one_number_are_the_same_and_of_another_differ(serving: Callable[[str], ModuleType]) -> None:
+    workload = serving("workload").Workload(clients=8, tasks=1000, popularity="uniform", rate_per_s=2.0)
+    assert workload.draw_tasks(1) == workload.draw_tasks(1) != workload.draw_tasks(2)
+    arrivals = workload.draw_arrivals(1)
+    assert arrivals == sorted(workload.draw_arrivals(1))
+    assert len(arrivals) == 8
+
+
+def test_zipf_asks_the_first_task_most(serving: Callable[[str], ModuleType]) -> None:
+    workload = serving("workload").Workload(clients=2000, tasks=50, popularity="zipf")
+    counts = Counter(workload.draw_tasks(0))
+    assert counts.most_common(1)[0][0] == 0
+    assert counts[0] > 3 * counts[9]
+
+
+def test_an_answer_of_another_length_than_asked_is_refused(serving: Callable[[str], ModuleType]) -> None:
+    answer = serving("client").Answer(0.0, 1.0, 200, {"usage": {"prompt_tokens": 9, "completion_tokens": 3}}, [])
+    with pytest.raises(SystemExit, match=r"\(9, 3\)"):
+        serving("waves").wave_of([answer], 9, 4)
+
+
+def test_a_ratio_is_the_median_over_neighbouring_runs(serving: Callable[[str], ModuleType]) -> None:
+    ratio = serving("waves").ratio_of([2.0, 30.0, 9.0], [1.0, 10.0, 9.0])
+    assert ratio == {"median": 2.0, "least": 1.0, "most": 3.0}
+
+
+def test_roofline_says_what_a_step_takes_at_least(
+    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    document = run(
+        "bench_roofline.py", f"--backbone={tiny_model}", f"--cache-dir={tmp_path}", "--repeats=1", "--buffer-mib=1"
+    )
+    assert set(document["linears"]) == {"1", "32", "1024"}
+    assert all(value > 0 for value in document["floor_ms"].values())
