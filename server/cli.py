@@ -90,15 +90,13 @@ def worker(
     """Run adaptation jobs; `mhr serve` starts this by itself."""
     from server.logs import configure_logging
     from server.settings import load_settings
-    from server.supervisor import NICENESS, end_with_parent
+    from server.supervisor import compute_when_idle, end_with_parent
 
     settings = load_settings()
     configure_logging(settings.log_level)
     if with_parent:
-        import os
-
         end_with_parent()
-        os.nice(NICENESS)
+        compute_when_idle()
     from server.worker_process import run
 
     run(settings)

@@ -63,6 +63,9 @@ class Settings(BaseSettings):
         default="none", description="int8 keeps the model's weights in 8 bits: faster and smaller, a little less exact"
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of the model; all cores if unset")
+    worker_threads: int = Field(
+        default=1, ge=1, le=1024, description="CPU threads of the adaptation worker; more collapse beside a busy server"
+    )
     max_batch: int = Field(default=32, ge=1, le=4096, description="Sequences computed together in one step")
     max_context: int = Field(
         default=2048, ge=16, description="Tokens of a prompt and its answer; at most the backbone's context"

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from server.logs import get_logger
 
-NICENESS = 10
+_LEAST_PRIORITY = 19
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 60.0
 # A worker that lived this long was well: the next pause is the first one again.
@@ -84,6 +84,18 @@ def worker_command() -> list[str]:
     """The command of the adaptation worker as our child."""
     # Without the working directory on the path, which may hold another `server`.
     return [sys.executable, "-P", "-m", "server", "worker", "--with-parent"]
+
+
+def compute_when_idle() -> None:
+    """In the child: take only the processor time that nobody else wants; all threads to come do the same.
+
+    Niceness is not enough on Linux: a nice process still keeps waking threads of the server waiting for some
+    milliseconds each time, and a step of the engine waits for all its threads many times.
+    """
+    if sys.platform == "linux":
+        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    else:
+        os.nice(_LEAST_PRIORITY)
 
 
 def end_with_parent() -> None:

@@ -28,8 +28,7 @@ def run(settings: Settings) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    if settings.threads is not None:
-        torch.set_num_threads(settings.threads)
+    torch.set_num_threads(settings.worker_threads)
     with closing(Store.open(settings.data_dir, settings.database())) as store:
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
         log.info("waiting for jobs", action="worker.ready", worker=worker_id)

@@ -82,5 +82,15 @@ def test_a_child_ends_when_its_parent_is_killed(tmp_path: Path) -> None:
     until(lambda: not alive(int(child_pid.read_text())))
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the scheduling class is Linux's")
+def test_a_child_that_computes_when_idle_leaves_the_processor_to_others() -> None:
+    code = (
+        "import os; from server.supervisor import compute_when_idle; "
+        "compute_when_idle(); print(os.sched_getscheduler(0) == os.SCHED_IDLE)"
+    )
+    child = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, check=True)
+    assert child.stdout == "True\n"
+
+
 def test_the_worker_is_this_python_without_the_working_directory_on_its_path() -> None:
     assert worker_command() == [sys.executable, "-P", "-m", "server", "worker", "--with-parent"]
