@@ -12,6 +12,7 @@ from serving.workload import Workload
 
 Result = dict[str, Any]
 MIB = 2**20
+VLLM_NAME = "vLLM, a LoRA per request"
 NO_LIMIT = ("MHR_ADAPTER_CACHE_MB", "1000000")
 
 
@@ -117,8 +118,7 @@ def installed_peers(house: House) -> list[tuple[str, Target, bool]]:
     options, clients = house.options, house.options.clients
     found: list[tuple[str, Target, bool]] = []
     if options.vllm:
-        vllm = VLLM(options.vllm, clients)
-        found += [(f"vLLM, {clients} LoRAs", vllm, True), ("vLLM, bare", vllm, False)]
+        found.append((VLLM_NAME, VLLM(options.vllm, clients), True))
     else:
         print("vLLM is left out: give its executable with --vllm")
     if not options.llama:
@@ -131,7 +131,7 @@ def installed_peers(house: House) -> list[tuple[str, Target, bool]]:
 
 
 def vllm_target(name: str, quantization: Quantization) -> float | None:
-    if not name.startswith("vLLM") or "LoRA" not in name:
+    if name != VLLM_NAME:
         return None
     return 1.8 if quantization == "none" else 3.0
 

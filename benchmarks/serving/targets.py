@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import IO, Any, Literal
 
@@ -89,8 +90,7 @@ class Offline:
         assert process.stdin is not None
         assert process.stdout is not None
         stdin, stdout = process.stdin, process.stdout
-        house.ending(process.wait)
-        house.ending(process.terminate)
+        house.ending(lambda: end(process))
 
         def run(workload: Workload, wave: int) -> Wave:
             prompts = [prompt.token_ids for prompt in house.prompts(workload.requests)]
@@ -100,9 +100,17 @@ class Offline:
         return run
 
 
+def end(process: subprocess.Popen[str]) -> None:
+    """End a process and close its pipes."""
+    process.terminate()
+    with suppress(BrokenPipeError), process:
+        pass
+
+
 def exchange(stdin: IO[str], stdout: IO[str], work: dict[str, Any]) -> dict[str, Any]:
     """One line of JSON to a process and one back."""
-    print(json.dumps(work), file=stdin, flush=True)
+    with suppress(BrokenPipeError):
+        print(json.dumps(work), file=stdin, flush=True)
     line = stdout.readline()
     if not line:
         raise SystemExit("a process without HTTP ended early; its words are above")
