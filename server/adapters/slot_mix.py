@@ -1,7 +1,8 @@
 """The mix of a step whose rows have their adapters in slots.
 
-One-token rows are multiplied by the compiled operator, which reads the tables where they lie, or by torch, which
-gathers them first and is the reference. Prompts, as segments of rows with one adapter, are plain products.
+The compiled operator multiplies every row with its own adapter and reads the tables where they lie. Torch, which is the
+reference, has two ways: it gathers the tables of one-token rows first, and computes prompts, as segments of rows with
+one adapter, by plain products.
 
 Letters: S slots, N flattened rows of a step, d_in and d_out of a linear, r the rank that tables are padded to,
 R = r times the linears that share an input.
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.adapted_linear import AddedMix
-from server.adapters.slot_operator import SlotOperator
+from server.adapters.slot_operator import NO_SLOT, SlotOperator
 from server.adapters.slot_tables import InputGroup, LinearTable
 
 
@@ -30,8 +31,17 @@ class Segment:
     stop: int
 
 
-class DecodeRows(Protocol):
-    """The one-token rows of a step; they come first among its rows."""
+def slots_of_rows(decode_slots: Sequence[int], segments: Sequence[Segment]) -> list[int]:
+    """The slot of every row of a step, up to the last that has one; NO_SLOT between."""
+    slots = list(decode_slots)
+    for segment in segments:
+        slots += [NO_SLOT] * (segment.start - len(slots))
+        slots += [segment.slot] * (segment.stop - segment.start)
+    return slots
+
+
+class Rows(Protocol):
+    """The first rows of a step, with an adapter each."""
 
     def add(self, table: LinearTable, x: Tensor, y: Tensor, hidden: Tensor | None) -> Tensor:
         """Add (x A) B to these rows of y (1, N, d_out), in place, with x (1, N, d_in).
@@ -42,7 +52,7 @@ class DecodeRows(Protocol):
 
 
 class OperatorRows:
-    """DecodeRows by the compiled operator."""
+    """Rows by the compiled operator, those of prompts too; ones with NO_SLOT among them stay as they are."""
 
     def __init__(self, operator: SlotOperator, slots: Sequence[int]) -> None:
         self._operator = operator
@@ -50,7 +60,7 @@ class OperatorRows:
         self._threads = torch.get_num_threads()
 
     def add(self, table: LinearTable, x: Tensor, y: Tensor, hidden: Tensor | None) -> Tensor:
-        """See `DecodeRows`; x and y contiguous in fp32, hidden (rows, R)."""
+        """See `Rows`; x and y contiguous in fp32, hidden (rows, R)."""
         described = table.described
         assert described is not None
         has_hidden = hidden is not None
@@ -61,7 +71,7 @@ class OperatorRows:
 
 
 class TorchRows:
-    """DecodeRows by torch: rows grouped by slot, group g's at g * height … of a padded (groups * height) block."""
+    """One-token rows by torch: grouped by slot, group g's at g * height … of a padded (groups * height) block."""
 
     def __init__(self, rank: int, slots: Sequence[int], device: torch.device) -> None:
         groups: dict[int, list[int]] = {}
@@ -82,7 +92,7 @@ class TorchRows:
             self._pad(list(groups.values()), device)
 
     def add(self, table: LinearTable, x: Tensor, y: Tensor, hidden: Tensor | None) -> Tensor:
-        """See `DecodeRows`; hidden (groups, height, R)."""
+        """See `Rows`; hidden (groups, height, R)."""
         assert table.group.A is not None
         assert table.B is not None
         if hidden is None:
@@ -112,7 +122,7 @@ class TorchRows:
 
 
 class SlotMix(AddedMix):
-    """The mix over slots for flattened rows (1, N, d): one-token rows first, then whole segments.
+    """The mix over slots for flattened rows (1, N, d): rows with an adapter each first, then whole segments.
 
     Rows that belong to neither are left exactly as the backbone computed them.
     """
@@ -121,8 +131,8 @@ class SlotMix(AddedMix):
         self,
         tables: Mapping[str, LinearTable],
         rank: int,
-        rows: DecodeRows | None,
-        segments: tuple[Segment, ...],
+        rows: Rows | None,
+        segments: tuple[Segment, ...] = (),
     ) -> None:
         self._tables = tables
         self._rank = rank

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from server.adapters.adapted_linear import AddedMix
 from server.adapters.assembly import Adapter
-from server.adapters.slot_mix import OperatorRows, Segment, SlotMix, TorchRows
+from server.adapters.slot_mix import OperatorRows, Segment, SlotMix, TorchRows, slots_of_rows
 from server.adapters.slot_operator import SlotOperator
 from server.adapters.slot_tables import LinearTable, make_tables
 from server.errors import AdapterUnavailable
@@ -79,7 +79,9 @@ class AdapterSlots:
         """
         if not decode_slots and not segments:
             return None
-        rows = self._decode_rows(decode_slots) if decode_slots else None
+        if self._operator is not None:
+            return SlotMix(self._tables, self.rank, OperatorRows(self._operator, slots_of_rows(decode_slots, segments)))
+        rows = TorchRows(self.rank, decode_slots, self.device) if decode_slots else None
         return SlotMix(self._tables, self.rank, rows, tuple(segments))
 
     def check_integrity(self) -> None:
@@ -89,11 +91,6 @@ class AdapterSlots:
         assert self._references.keys() | self._idle.keys() == self._slot_of.keys(), "a resident adapter is unaccounted"
         assert not self._references.keys() & self._idle.keys(), "an adapter in use counts as idle"
         assert all(count > 0 for count in self._references.values()), "an adapter has no references but is in use"
-
-    def _decode_rows(self, slots: Sequence[int]) -> OperatorRows | TorchRows:
-        if self._operator is not None:
-            return OperatorRows(self._operator, slots)
-        return TorchRows(self.rank, slots, self.device)
 
     def _take_slot(self) -> int:
         if self._empty:

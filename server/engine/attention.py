@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from server.attention_switch import AttentionSwitch, refuse_extras
+from server.engine.attention_operator import AttentionOperator
 from server.engine.batch import AttentionBatch, DecodeRun, PrefillRows
 from server.memory import lazy_zeros
 
@@ -40,12 +41,14 @@ class LayerCache:
 class CachedAttention:
     """Keys and values of all sequences, and the attention of one step over them.
 
-    A layer's cache is made when the layer first runs, in the sizes that it asks for.
+    A layer's cache is made when the layer first runs, in the sizes that it asks for. With an `operator` the model
+    must be on CPU in fp32.
     """
 
-    def __init__(self, num_slots: int, max_context: int) -> None:
+    def __init__(self, num_slots: int, max_context: int, operator: AttentionOperator | None = None) -> None:
         self._num_slots = num_slots
         self._max_context = max_context
+        self._operator = operator
         self._layers: dict[int, LayerCache] = {}
         self._batch: AttentionBatch | None = None
         self._masks: dict[MaskKey, Tensor] = {}  # of the batch in force, shared by its layers
@@ -80,14 +83,25 @@ class CachedAttention:
         cache = self._layers.get(layer_idx)
         if cache is None:
             cache = self._layers[layer_idx] = self._make_layer(key, value)
-        cache.keys.view(-1, *cache.keys.shape[2:]).index_copy_(0, batch.cache_rows, key[0].transpose(0, 1))
-        cache.values.view(-1, *cache.values.shape[2:]).index_copy_(0, batch.cache_rows, value[0].transpose(0, 1))
         if window is not None and window >= self._max_context:
             window = None
-        rows = query[0].transpose(0, 1)  # (N, H, head_dim)
-        parts = [self._decode(cache, rows[: batch.num_decode], scaling, window)] if batch.runs else []
+        query, key, value = query[0], key[0], value[0]
+        if self._operator is None:
+            self._keep(cache, key, value, 0)
+            parts = [self._decode(cache, query, scaling, window)] if batch.runs else []
+        else:
+            parts = [self._decode_compiled(cache, query, key, value, scaling, window)] if batch.runs else []
+            self._keep(cache, key, value, batch.num_decode)
         parts += [self._prefill(cache, query, segment, scaling, window) for segment in batch.prefill]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
+
+    def _keep(self, cache: LayerCache, key: Tensor, value: Tensor, first: int) -> None:
+        """Put the rows of key and value (KVH, N, head_dim) from `first` on into the cache."""
+        assert self._batch is not None
+        places = self._batch.cache_rows[first:]
+        if len(places):
+            cache.keys.flatten(0, 1).index_copy_(0, places, key[:, first:].transpose(0, 1))
+            cache.values.flatten(0, 1).index_copy_(0, places, value[:, first:].transpose(0, 1))
 
     def _make_layer(self, key: Tensor, value: Tensor) -> LayerCache:
         def zeros(like: Tensor) -> Tensor:
@@ -96,10 +110,20 @@ class CachedAttention:
 
         return LayerCache(zeros(key), zeros(value))
 
+    def _decode_compiled(
+        self, cache: LayerCache, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
+    ) -> Tensor:
+        """`_decode`, and the new tokens kept, in one operator."""
+        assert self._batch is not None
+        assert self._operator is not None
+        places = self._batch.cache_rows[: self._batch.num_decode]
+        return self._operator.attend(cache.keys, cache.values, query, key, value, places, scaling, window)
+
     def _decode(self, cache: LayerCache, query: Tensor, scaling: float, window: int | None) -> Tensor:
-        """query (D, H, head_dim), one row per sequence -> (D, H, head_dim)."""
+        """query (H, N, head_dim), the decode rows first -> (D, H, head_dim)."""
         batch = self._batch
         assert batch is not None
+        query = query[:, : batch.num_decode].transpose(0, 1)  # (D, H, head_dim)
         if batch.to_slot_order is not None:
             query = query.index_select(0, batch.to_slot_order)
         outs = [self._decode_run(cache, query[run.start : run.stop], run, scaling, window) for run in batch.runs]
@@ -126,12 +150,12 @@ class CachedAttention:
     def _prefill(
         self, cache: LayerCache, query: Tensor, segment: PrefillRows, scaling: float, window: int | None
     ) -> Tensor:
-        """query (1, H, N, head_dim) -> the segment's (stop - start, H, head_dim)."""
+        """query (H, N, head_dim) -> the segment's (stop - start, H, head_dim)."""
         keys = cache.keys[segment.slot, : segment.context].transpose(0, 1)[None]  # (1, KVH, context, head_dim)
         values = cache.values[segment.slot, : segment.context].transpose(0, 1)[None]
         mask = self._prefill_mask(segment, query, window)
         out = F.scaled_dot_product_attention(
-            query[:, :, segment.start : segment.stop],
+            query[None, :, segment.start : segment.stop],
             keys,
             values,
             attn_mask=mask,

@@ -43,8 +43,8 @@ class EngineConfig:
     adapter_path: AdapterPath = "auto"
     threads: int | None = None  # of the computation on CPU; None: torch's own choice
     quantization: Quantization = "none"  # of the model's linears and its head, on CPU
-    # On CPU in fp32, int8 included: multiply with adapters by the compiled operator where it was built, else by torch.
-    slot_operator: bool = True
+    # On CPU in fp32, int8 included: use the compiled operators where they were built, else what torch has.
+    operators: bool = True
     packed_head: bool = True  # on CPU in fp32, not quantised: keep the head in the processor's own layout too
 
     def __post_init__(self) -> None:

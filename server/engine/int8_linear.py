@@ -19,13 +19,11 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from server.adapters.adapted_linear import AdaptedLinear
+from server.engine.int8_digits import BASE, LARGEST, OFFSET, CompiledDigits, Digits, TorchDigits, to_steps
 from server.errors import InvalidInput
+from server.native.library import Library
 
-_LARGEST = 127
-_BASE = 254  # of an activation's second digit: half a step is 127 of them
-_OFFSET = 128  # of activations, which the operator takes without a sign
 _BLOCK = 4096  # rows of a weight quantised at once, which bounds the memory that it takes
-_SMALLEST = 1e-30  # stands for the scale of a row of zeros
 
 
 @dataclass(frozen=True)
@@ -38,39 +36,19 @@ class Int8Weight:
 
 def quantise_weights(weights: Iterable[Tensor]) -> Int8Weight:
     """Weights (d_out, d_in) of one d_in as one, below each other, with a scale for each output channel."""
-    blocks = [_to_steps(block) for weight in weights for block in torch.split(weight.detach(), _BLOCK)]
+    blocks = [to_steps(block) for weight in weights for block in torch.split(weight.detach(), _BLOCK)]
     return Int8Weight(
         torch.cat([steps.round_().to(torch.int8) for steps, _ in blocks]),
         torch.cat([scales[:, 0] for _, scales in blocks]),
     )
 
 
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, d) -> two digits (2, N, d) in int8, -127 … 127, and scales (N, 1): scale * (first + second / 254).
-
-    A row that is not finite gets a scale that is not finite.
-    """
-    steps, scales = _to_steps(x)
-    digits = torch.empty(2, *x.shape, dtype=torch.int8)
-    first = steps.round()
-    digits[0] = first
-    digits[1] = steps.sub_(first).mul_(_BASE).round_()
-    return digits, scales
-
-
 def plain_product(x: Tensor, weight: Int8Weight) -> Tensor:
     """x (N, d_in) -> (N, d_out) in fp32, step by step in plain torch: what the 8-bit linears compute."""
-    digits, scales = quantise_rows(x)
-    sums = digits.double() @ weight.values.double().T  # (2, N, d_out) whole numbers, exact in this type
+    digits, scales = TorchDigits().quantise(x)
+    sums = (digits.double() - OFFSET) @ weight.values.double().T  # (2, N, d_out) whole numbers, exact in this type
     products = sums.float() * weight.scales
-    return (products[0] + products[1] / _BASE) * scales
-
-
-def _to_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """rows (N, d) -> the same in steps of their scales (N, 1), in fp32; a row's largest number is 127 steps."""
-    rows = rows.float()
-    scales = rows.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST).mul_(1 / _LARGEST)
-    return torch.mul(rows, scales.reciprocal()), scales
+    return (products[0] + products[1] / BASE) * scales
 
 
 class Int8Product:
@@ -81,13 +59,12 @@ class Int8Product:
         self._scales = weight.scales
         self._zero_points = torch.zeros(len(weight.scales), dtype=torch.int32)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """x (N, d_in) -> the digits' products (2, N, d_out), and the rows' scales (N, 1)."""
-        digits, scales = quantise_rows(x)
+    def __call__(self, digits: Tensor) -> Tensor:
+        """Activations' digits (2, N, d_in), OFFSET more than they are -> their products (2, N, d_out)."""
         product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            digits.flatten(0, 1).view(torch.uint8).bitwise_xor_(_OFFSET),  # adds the offset
+            digits.flatten(0, 1),
             1.0,
-            _OFFSET,
+            OFFSET,
             self._packed,
             self._scales,
             self._zero_points,
@@ -99,12 +76,7 @@ class Int8Product:
             [],
             "",
         )
-        return product.view(2, len(x), len(self._scales)), scales
-
-
-def join(products: Tensor, scales: Tensor) -> Tensor:
-    """The digits' products (2, N, d_out) and the rows' scales (N, 1) -> (N, d_out)."""
-    return torch.add(products[0], products[1], alpha=1 / _BASE).mul_(scales)
+        return product.view(2, digits.shape[1], len(self._scales))
 
 
 class _SharedInput:
@@ -113,23 +85,27 @@ class _SharedInput:
     The first call computes it, the others take their columns; it is forgotten when all were taken.
     """
 
-    def __init__(self, weights: Sequence[Tensor]) -> None:
+    def __init__(self, weights: Sequence[Tensor], digits: Digits) -> None:
         self.d_in = weights[0].shape[1]
         self.sizes = [len(w) for w in weights]
+        self._firsts = [sum(self.sizes[:place]) for place in range(len(weights))]
+        self._digits = digits
         self._product = Int8Product(quantise_weights(weights))
         self._x: Tensor | None = None
-        self._scales: Tensor | None = None
-        self._left: dict[int, Tensor] = {}  # place -> the digits' products (2, N, d_out) that were not taken yet
+        self._computed: tuple[Tensor, Tensor] | None = None  # the digits' products (2, N, D) and scales (N, 1) of _x
+        self._left: set[int] = set()  # places whose columns were not taken yet
 
     def columns(self, place: int, x: Tensor) -> Tensor:
         """x (..., d_in) -> the part (..., d_out) of the linear at `place`, in a tensor of its own, without its bias."""
         if self._x is not x or place not in self._left:
-            product, self._scales = self._product(x.reshape(-1, x.shape[-1]))
-            self._x, self._left = x, dict(enumerate(torch.split(product, self.sizes, dim=-1)))
-        assert self._scales is not None
-        y = join(self._left.pop(place), self._scales)
+            digits, scales = self._digits.quantise(x.reshape(-1, x.shape[-1]))
+            self._x, self._computed = x, (self._product(digits), scales)
+            self._left = set(range(len(self.sizes)))
+        assert self._computed is not None
+        y = self._digits.join(*self._computed, self._firsts[place], self.sizes[place])
+        self._left.remove(place)
         if not self._left:
-            self._x = self._scales = None
+            self._x = self._computed = None
         return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
 
 
@@ -152,26 +128,31 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
-def int8_linears(linears: Sequence[nn.Linear | Conv1D]) -> list[Int8Linear]:
+def int8_linears(linears: Sequence[nn.Linear | Conv1D], digits: Digits) -> list[Int8Linear]:
     """8-bit linears that compute one product together; the given ones read the same input."""
-    shared = _SharedInput([_weight(linear) for linear in linears])
+    shared = _SharedInput([_weight(linear) for linear in linears], digits)
     return [Int8Linear(shared, place, linear.bias, linear.weight.dtype) for place, linear in enumerate(linears)]
 
 
-def quantise_model(model: PreTrainedModel, input_groups: Iterable[Sequence[str]]) -> None:
+def quantise_model(
+    model: PreTrainedModel, input_groups: Iterable[Sequence[str]], library: Library | None = None
+) -> None:
     """Put 8-bit linears in the place of an injected model's linears, group by group, and of its output head.
+
+    The arithmetic around their products is the library's where one is given, else torch's.
 
     The full weights are let go, except those that the input embedding shares. Raises InvalidInput where 8-bit
     products cannot be computed exactly.
     """
     check_int8_works(model.device)
+    digits = TorchDigits() if library is None else CompiledDigits(library)
     for group in input_groups:
         adapted = [_adapted(model, name) for name in group]
-        for linear, base in zip(adapted, int8_linears([_plain(a.base) for a in adapted]), strict=True):
+        for linear, base in zip(adapted, int8_linears([_plain(a.base) for a in adapted], digits), strict=True):
             linear.base = base
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     if type(head) is nn.Linear:
-        model.set_output_embeddings(int8_linears([head])[0])  # type: ignore[no-untyped-call]
+        model.set_output_embeddings(int8_linears([head], digits)[0])  # type: ignore[no-untyped-call]
     # Weights loaded from a file may be parts of one mapping of it, which goes when none of them is left.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
@@ -185,9 +166,10 @@ def check_int8_works(device: torch.device) -> None:
     if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         raise InvalidInput(f"this build of torch has no 8-bit products (oneDNN); {remedy}", param="quantization")
     # The largest numbers that occur: processors without 8-bit instructions for them saturate on the way.
-    weight = Int8Weight(torch.full((64, 64), _LARGEST, dtype=torch.int8), torch.ones(64))
-    x = torch.ones(3, 64)
-    if not torch.equal(join(*Int8Product(weight)(x)), plain_product(x, weight)):
+    weight = Int8Weight(torch.full((64, 64), LARGEST, dtype=torch.int8), torch.ones(64))
+    x, torchs = torch.ones(3, 64), TorchDigits()
+    digits, scales = torchs.quantise(x)
+    if not torch.equal(torchs.join(Int8Product(weight)(digits), scales, 0, 64), plain_product(x, weight)):
         raise InvalidInput(f"this processor computes 8-bit products inexactly; {remedy}", param="quantization")
 
 

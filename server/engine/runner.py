@@ -8,9 +8,10 @@ from transformers import PreTrainedModel
 
 from server.adapters.adapted_linear import AdaptedLinear, AdapterContext
 from server.adapters.injection import linear_sizes
-from server.adapters.slot_operator import load_slot_operator
+from server.adapters.slot_operator import SlotOperator
 from server.adapters.slots import AdapterSlots, InputGroupFinder
 from server.engine.attention import CachedAttention, switch_to_cache
+from server.engine.attention_operator import AttentionOperator
 from server.engine.batch import Batch, build_batch
 from server.engine.config import EngineConfig
 from server.engine.int8_linear import quantise_model
@@ -23,6 +24,7 @@ from server.engine.request import EngineRequest, Sequence, Status
 from server.engine.scheduler import PrefillChunk, StepPlan
 from server.engine.servable import check_config
 from server.errors import InvalidInput
+from server.native.library import Library, load_library
 
 _SMALL_COPY_BYTES = 2**30  # a merged copy up to this size is kept unasked
 _PROBE_LENGTH = 8
@@ -44,13 +46,15 @@ class Runner:
         self._context = context
         self._config = config
         self._device = model.device
-        self._attention = CachedAttention(config.max_batch, config.max_context)
+        self._library = self._find_library()
+        attention = None if self._library is None else AttentionOperator(self._library)
+        self._attention = CachedAttention(config.max_batch, config.max_context, attention)
         self._switch = switch_to_cache(model, self._attention)
         self.vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         groups = self._find_input_groups()
         self._slots = self._make_slots(groups)
         if config.quantization == "int8":
-            quantise_model(model, groups)
+            quantise_model(model, groups, self._library)
         elif config.packed_head:
             pack_head(model)
         self._merged = self._make_merged()
@@ -114,6 +118,11 @@ class Runner:
         """Of the merged copies; safe in any thread."""
         return self._merged.stats()
 
+    def _find_library(self) -> Library | None:
+        """The compiled operators, where they can be used."""
+        in_fp32_on_cpu = self._device.type == "cpu" and self._model.dtype == torch.float32
+        return load_library() if in_fp32_on_cpu and self._config.operators else None
+
     @torch.inference_mode()
     def _find_input_groups(self) -> list[list[str]]:
         finder = InputGroupFinder()
@@ -124,8 +133,7 @@ class Runner:
     @torch.inference_mode()
     def _make_slots(self, groups: list[list[str]]) -> AdapterSlots:
         dtype: torch.dtype = self._model.dtype
-        on_cpu = self._device.type == "cpu" and dtype == torch.float32
-        operator = load_slot_operator() if on_cpu and self._config.slot_operator else None
+        operator = None if self._library is None else SlotOperator(self._library)
         if operator is not None and self._config.quantization == "int8":
             dtype = torch.float16  # half the memory to read, and rounded far less than the weights are
         return AdapterSlots(

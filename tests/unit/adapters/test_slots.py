@@ -12,9 +12,10 @@ from torch import Tensor
 
 from server.adapters.assembly import Adapter, LowRank
 from server.adapters.slot_mix import Segment
-from server.adapters.slot_operator import SlotOperator, load_slot_operator
+from server.adapters.slot_operator import SlotOperator
 from server.adapters.slots import AdapterSlots, InputGroupFinder
 from server.errors import AdapterUnavailable
+from server.native.library import load_library
 
 SIZES = {"q": (6, 10), "k": (6, 4), "v": (6, 4), "o": (10, 6), "other": (3, 5)}
 GROUPS = [["q", "k", "v"], ["o"]]
@@ -73,8 +74,8 @@ def check(
 def operator(request: pytest.FixtureRequest) -> SlotOperator | None:
     if request.param == "torch":
         return None
-    found = load_slot_operator()
-    return pytest.skip("the compiled operator was not built") if found is None else found
+    library = load_library()
+    return pytest.skip("the compiled operators were not built") if library is None else SlotOperator(library)
 
 
 @pytest.fixture

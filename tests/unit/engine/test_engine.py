@@ -24,16 +24,14 @@ from tests.unit.engine.driver import (
     reference_tokens,
 )
 
-both_implementations = pytest.mark.parametrize("slot_operator", [True, False], ids=["operator", "torch"])
+both_implementations = pytest.mark.parametrize("operators", [True, False], ids=["compiled", "torch"])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @both_implementations
 @pytest.mark.parametrize("chunk", [1, 5, 64])
-def test_greedy_tokens_equal_generate_whatever_the_family_and_chunk(
-    family: str, chunk: int, slot_operator: bool
-) -> None:
-    config = EngineConfig(max_batch=4, max_context=CONTEXT, prefill_chunk=chunk, slot_operator=slot_operator)
+def test_greedy_tokens_equal_generate_whatever_the_family_and_chunk(family: str, chunk: int, operators: bool) -> None:
+    config = EngineConfig(max_batch=4, max_context=CONTEXT, prefill_chunk=chunk, operators=operators)
     driver = Driver(make_model(family), config)
     prompts = [random_prompt(seed, length) for seed, length in enumerate((1, 7, 19, 12, 30, 3))]
     handles = [None, driver.handle(1), driver.handle(2), None, driver.handle(1), driver.handle(3)]
@@ -54,8 +52,8 @@ def test_adapters_change_the_answer_so_that_the_comparison_above_means_something
 
 
 @both_implementations
-def test_joins_and_leaves_in_a_running_batch_do_not_change_any_answer(slot_operator: bool) -> None:
-    config = EngineConfig(max_batch=5, max_context=CONTEXT, prefill_chunk=9, slot_operator=slot_operator)
+def test_joins_and_leaves_in_a_running_batch_do_not_change_any_answer(operators: bool) -> None:
+    config = EngineConfig(max_batch=5, max_context=CONTEXT, prefill_chunk=9, operators=operators)
     driver = Driver(make_model(), config)
     choose = random.Random(0)
     handles = [None, *(driver.handle(seed, rank=seed % 3 + 1) for seed in range(1, 7))]
@@ -75,8 +73,8 @@ def test_joins_and_leaves_in_a_running_batch_do_not_change_any_answer(slot_opera
 
 
 @both_implementations
-def test_tasks_at_once_give_the_same_tokens_as_one_at_a_time(slot_operator: bool) -> None:
-    config = EngineConfig(max_batch=16, max_context=CONTEXT, slot_operator=slot_operator)
+def test_tasks_at_once_give_the_same_tokens_as_one_at_a_time(operators: bool) -> None:
+    config = EngineConfig(max_batch=16, max_context=CONTEXT, operators=operators)
     together, alone = Driver(make_model(), config), Driver(make_model(), config)
     prompts = [random_prompt(n, 4 + n) for n in range(16)]
     ids = [together.add(p, task=str(n), adapter=together.handle(n)) for n, p in enumerate(prompts)]

@@ -14,21 +14,24 @@ from transformers.pytorch_utils import Conv1D
 from server.adapters.assembly import Adapter
 from server.adapters.injection import inject, linear_sizes
 from server.engine.config import EngineConfig
+from server.engine.int8_digits import OFFSET, CompiledDigits, Digits, TorchDigits
 from server.engine.int8_linear import (
     Int8Linear,
     Int8Product,
     Int8Weight,
     check_int8_works,
     int8_linears,
-    join,
     plain_product,
-    quantise_rows,
     quantise_weights,
 )
 from server.engine.runner import Runner
 from server.errors import InvalidInput
+from server.native.library import Library
 from tests.unit.engine.driver import CONTEXT, Driver, make_model, random_prompt, reference_tokens
+from tests.unit.native.libraries import INSTRUCTIONS, LIBRARIES
 
+ARITHMETIC: list[Digits] = [TorchDigits(), *map(CompiledDigits, LIBRARIES)]
+each_arithmetic = pytest.mark.parametrize("digits", ARITHMETIC, ids=["torch", *INSTRUCTIONS])
 INT8 = EngineConfig(max_batch=8, max_context=CONTEXT, prefill_chunk=16, quantization="int8")
 
 
@@ -69,16 +72,35 @@ def test_the_product_is_the_plain_one(rows: int, d_in: int, d_out: int, size: fl
     torch.manual_seed(rows + d_in)
     x, weight = size * torch.randn(rows, d_in), quantise_weights([torch.randn(d_out, d_in)])
     expected = plain_product(x, weight)
-    torch.testing.assert_close(join(*Int8Product(weight)(x)), expected, rtol=1e-6, atol=1e-6 * expected.abs().max())
+    for arithmetic in ARITHMETIC:
+        digits, scales = arithmetic.quantise(x)
+        actual = arithmetic.join(Int8Product(weight)(digits), scales, 0, d_out)
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * expected.abs().max())
 
 
 def test_two_digits_of_an_activation_are_off_by_half_a_small_step_at_most() -> None:
     x = torch.randn(20, 50)
-    digits, scales = quantise_rows(x)
+    digits, scales = TorchDigits().quantise(x)
+    digits = digits.double() - OFFSET
     assert digits[0].abs().amax(1).eq(127).all()
     assert digits[1].abs().max() <= 127
-    first, second = digits.double()
+    first, second = digits
     assert ((scales * (first + second / 254) - x).abs() <= 0.51 / 254 * scales).all()
+
+
+@pytest.mark.parametrize("library", LIBRARIES, ids=INSTRUCTIONS)
+@pytest.mark.parametrize(("rows", "d"), [(1, 1), (3, 15), (40, 576), (5, 1537)])
+def test_compiled_digits_are_those_of_torch(library: Library, rows: int, d: int) -> None:
+    torch.manual_seed(d)
+    x = torch.randn(rows, d) * torch.logspace(-6, 6, rows)[:, None]
+    x[0, :2] = torch.tensor([127.0, 0.5])[:d]  # ties between two whole numbers
+    digits, scales = CompiledDigits(library).quantise(x)
+    expected_digits, expected_scales = TorchDigits().quantise(x)
+    assert torch.equal(digits, expected_digits)
+    assert torch.equal(scales, expected_scales)
+    products = torch.randn(2, rows, d + 9)
+    joined = CompiledDigits(library).join(products, scales, 4, d)
+    torch.testing.assert_close(joined, TorchDigits().join(products, scales, 4, d))
 
 
 def test_a_weight_is_off_by_half_a_step_at_most() -> None:
@@ -105,8 +127,9 @@ def test_a_large_weight_is_quantised_in_blocks_like_at_once() -> None:
     assert torch.equal(blocks.scales, torch.cat([w.scales for w in whole]))
 
 
-def test_a_rows_product_does_not_depend_on_its_neighbours() -> None:
-    linear = int8_linears([nn.Linear(96, 70)])[0]
+@each_arithmetic
+def test_a_rows_product_does_not_depend_on_its_neighbours(digits: Digits) -> None:
+    linear = int8_linears([nn.Linear(96, 70)], digits)[0]
     x = torch.randn(33, 96) * torch.logspace(-3, 3, 33)[:, None]
     with torch.inference_mode():
         together = linear(x)
@@ -114,8 +137,9 @@ def test_a_rows_product_does_not_depend_on_its_neighbours() -> None:
             assert torch.equal(linear(x[rows]), together[rows])
 
 
-def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_spoils_itself_alone() -> None:
-    linear = int8_linears([nn.Linear(16, 8, bias=False)])[0]
+@each_arithmetic
+def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_spoils_itself_alone(digits: Digits) -> None:
+    linear = int8_linears([nn.Linear(16, 8, bias=False)], digits)[0]
     x = torch.randn(4, 16)
     x[0], x[1, 3], x[2, 5] = 0, float("nan"), float("inf")
     with torch.inference_mode():
@@ -126,9 +150,10 @@ def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_spoils_itself_alo
         assert torch.equal(y[3], linear(x[3]))
 
 
-def test_linears_of_one_input_share_a_product_and_can_be_called_in_any_order_and_twice() -> None:
+@each_arithmetic
+def test_linears_of_one_input_share_a_product_and_can_be_called_in_any_order_and_twice(digits: Digits) -> None:
     plain = [nn.Linear(24, 10), nn.Linear(24, 6, bias=False), Conv1D(7, 24)]
-    linears = int8_linears(plain)
+    linears = int8_linears(plain, digits)
     x, other = torch.randn(1, 5, 24), torch.randn(1, 3, 24)
     with torch.inference_mode():
         expected = [PlainInt8(p, None, "")(x) for p in plain]
@@ -140,18 +165,19 @@ def test_linears_of_one_input_share_a_product_and_can_be_called_in_any_order_and
         torch.testing.assert_close(linears[2](x), expected[2])
 
 
-def test_sixteen_bit_input_gives_sixteen_bit_output() -> None:
-    linear = int8_linears([nn.Linear(24, 10, dtype=torch.bfloat16)])[0]
+@each_arithmetic
+def test_sixteen_bit_input_gives_sixteen_bit_output(digits: Digits) -> None:
+    linear = int8_linears([nn.Linear(24, 10, dtype=torch.bfloat16)], digits)[0]
     with torch.inference_mode():
         assert linear(torch.randn(3, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert linear.weight.dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("slot_operator", [True, False], ids=["operator", "torch"])
+@pytest.mark.parametrize("operators", [True, False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gpt2", "mistral_sliding"])
-def test_greedy_tokens_are_those_of_the_plain_8_bit_model(family: str, slot_operator: bool) -> None:
+def test_greedy_tokens_are_those_of_the_plain_8_bit_model(family: str, operators: bool) -> None:
     model = make_model(family)
-    driver = Driver(model, replace(INT8, slot_operator=slot_operator))
+    driver = Driver(model, replace(INT8, operators=operators))
     adapters = [None, driver.handle(1), driver.handle(2, rank=3)]
     asked = [(random_prompt(n, 3 + 4 * n), adapters[n % 3]) for n in range(6)]
     ids = [driver.add(prompt, adapter=handle, max_new_tokens=8) for prompt, handle in asked]
@@ -205,9 +231,8 @@ def test_a_torch_without_the_operator_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_a_processor_that_saturates_on_the_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     exact = Int8Product.__call__
 
-    def saturating(self: Int8Product, x: Tensor) -> tuple[Tensor, Tensor]:
-        product, scales = exact(self, x)
-        return product.clamp(max=2**15 - 1), scales
+    def saturating(self: Int8Product, digits: Tensor) -> Tensor:
+        return exact(self, digits).clamp(max=2**15 - 1)
 
     monkeypatch.setattr(Int8Product, "__call__", saturating)
     with pytest.raises(InvalidInput, match="inexactly; set MHR_QUANTIZATION=none"):
@@ -217,6 +242,6 @@ def test_a_processor_that_saturates_on_the_way_is_refused(monkeypatch: pytest.Mo
 def test_weights_of_ones_and_largest_numbers_are_exact() -> None:
     check_int8_works(torch.device("cpu"))
     weight = Int8Weight(torch.full((5, 1536), -127, dtype=torch.int8), torch.ones(5))
-    products, _ = Int8Product(weight)(torch.ones(3, 1536))
+    products = Int8Product(weight)(TorchDigits().quantise(torch.ones(3, 1536))[0])
     assert torch.equal(products[0], torch.full((3, 5), -127.0 * 127 * 1536))
     assert torch.equal(products[1], torch.zeros(3, 5))

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 from server.adapters.injection import inject
-from server.adapters.slot_operator import load_slot_operator
 from server.engine.config import EngineConfig, Quantization
 from server.engine.runner import Runner
 from server.errors import InvalidInput
+from server.native.library import load_library
 from tests.unit.engine.driver import CONTEXT, SHAPE, Driver, make_model, random_prompt
 
 GEMMA = {key: value for key, value in SHAPE.items() if key not in ("bos_token_id", "eos_token_id")}
@@ -114,9 +114,9 @@ def test_an_exception_in_the_forward_pass_gives_the_model_its_attention_back(mon
 def test_the_operators_tables_are_as_exact_as_the_weights(
     quantization: Quantization, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if load_slot_operator() is None:
-        pytest.skip("the compiled operator was not built")
+    if load_library() is None:
+        pytest.skip("the compiled operators were not built")
     config = EngineConfig(max_batch=2, max_context=CONTEXT, quantization=quantization)
     assert Driver(make_model(), config).runner._slots.dtype == dtype
-    monkeypatch.setattr("server.engine.runner.load_slot_operator", lambda: None)
+    monkeypatch.setattr("server.engine.runner.load_library", lambda: None)
     assert Driver(make_model(), config).runner._slots.dtype == torch.float32

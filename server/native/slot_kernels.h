@@ -1,67 +1,11 @@
-// The products of one row with its slot's tables. Included once per instruction set, inside a namespace of its own,
-// with VECTOR_BYTES as wide as that set's registers.
+// The products of one row with its slot's tables.
 //
 // Tables hold fp32 or fp16 numbers, and each of them is used once a row: what counts is how fast they come from memory.
-// So while a row is computed, those of the next one are fetched. Everything is summed in fp32. A row's sums are made in the same order whatever
-// else is in the batch.
+// So while a row is computed, those of the next one are fetched. Everything is summed in fp32. A row's sums are made in
+// the same order whatever else is in the batch.
 
-typedef float Floats __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
-typedef uint16_t Shorts __attribute__((vector_size(VECTOR_BYTES / 2)));
-
-constexpr int64_t kLanes = VECTOR_BYTES / sizeof(float);
 constexpr int kDots = 8;    // dot products at once: as many independent sums as hide the latency of one
 constexpr int kBlocks = 4;  // vectors of an output row at once
-
-INLINE Floats load(const float* values) {
-    Floats loaded;
-    memcpy(&loaded, values, sizeof loaded);
-    return loaded;
-}
-
-// Exact for every fp16 number. Its exponent and digits, taken for those of an fp32 number, are off by 2^112.
-INLINE Floats widen(Shorts halves) {
-    const Words bits = __builtin_convertvector(halves, Words);
-    const Words magnitude = (bits & 0x7fff) << 13;
-    Floats scaled;
-    memcpy(&scaled, &magnitude, sizeof scaled);
-    scaled *= 0x1p112f;
-    Words finite;
-    memcpy(&finite, &scaled, sizeof finite);
-    const Words not_finite = (Words)(magnitude >= 0x0f800000);
-    const Words widened = (finite | (not_finite & 0x7f800000)) | ((bits & 0x8000) << 16);
-    Floats values;
-    memcpy(&values, &widened, sizeof values);
-    return values;
-}
-
-INLINE Floats load(const Half* values) {
-#if VECTOR_BYTES == 64
-    return (Floats)_mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values)));
-#elif VECTOR_BYTES == 32
-    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(values)));
-#else
-    Shorts halves;
-    memcpy(&halves, values, sizeof halves);
-    return widen(halves);
-#endif
-}
-
-// The first `count` values, and zeros behind them.
-template <class Number>
-INLINE Floats load_part(const Number* values, int64_t count) {
-    Number part[kLanes] = {};
-    memcpy(part, values, count * sizeof(Number));
-    return load(part);
-}
-
-INLINE float total(Floats values) {
-    float parts[kLanes];
-    memcpy(parts, &values, sizeof values);
-    for (int64_t width = kLanes / 2; width; width /= 2)
-        for (int64_t lane = 0; lane < width; ++lane) parts[lane] += parts[lane + width];
-    return parts[0];
-}
 
 // u[j] = x · A[j] for `count` neighbouring rows of A. The numbers of the row that follows lie `ahead` of these.
 template <int count, class Number>

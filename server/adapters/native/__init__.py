@@ -1,1 +1,0 @@
-"""The compiled operator: its C++ source, and once the package is installed its library."""

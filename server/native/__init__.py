@@ -1,0 +1,1 @@
+"""Compiled operators: their C++ source, and once the package is installed their library."""

@@ -1,0 +1,7 @@
+// All kernels of one instruction set. No include guards: this is included once for each of them.
+
+#include "vectors.h"
+
+#include "attention_kernels.h"
+#include "int8_kernels.h"
+#include "slot_kernels.h"

@@ -1,0 +1,160 @@
+// The operators that torch has not, or not as one. Plain C++ called through C, so that it depends on no version of torch
+// or Python; docs/decisions/0012-compiled-operators.md has the reasons. Work is shared out over OpenMP's threads, whose
+// library must be the one that torch has loaded already. All tensors are contiguous unless strides are given.
+
+#include <omp.h>
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+// Of one linear; `slot_operator.py` has the same fields. Letters: S slots, width of all linears with this input.
+struct Linear {
+    const void* A;    // (S, width, d_in)
+    const void* B;    // (S, rank, d_out), scaling folded in
+    int64_t d_in;
+    int64_t width;
+    int64_t first;    // the linear's first one of the width
+    int64_t rank;
+    int64_t d_out;
+    int64_t is_half;  // fp16 tables; else fp32
+};
+
+// Keys and values of one layer and the shape of a step's heads; `attention_operator.py` has the same fields.
+struct Cache {
+    float* keys;    // (slots, context, kv_heads, head_dim)
+    float* values;  // likewise
+    int64_t context;
+    int64_t kv_heads;
+    int64_t groups;  // query heads of one key-value head
+    int64_t head_dim;
+    int64_t window;  // the last tokens that a token sees
+};
+
+// Where one head's row lies: head · head_stride + row · row_stride.
+struct Heads {
+    const float* numbers;
+    int64_t head_stride;
+    int64_t row_stride;
+};
+
+struct Half {
+    uint16_t bits;
+};
+
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define MANY_INSTRUCTION_SETS
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,prefer-vector-width=512")
+namespace avx512 {
+#define VECTOR_BYTES 64
+#include "kernels.h"
+#undef VECTOR_BYTES
+}  // namespace avx512
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v3")
+namespace avx2 {
+#define VECTOR_BYTES 32
+#include "kernels.h"
+#undef VECTOR_BYTES
+}  // namespace avx2
+#pragma GCC pop_options
+#endif
+
+namespace plain {
+#define VECTOR_BYTES 16
+#include "kernels.h"
+#undef VECTOR_BYTES
+}  // namespace plain
+
+// The kernels of one instruction set.
+struct Kernels {
+    decltype(&plain::add_row) add_row;
+    decltype(&plain::attend) attend;
+    decltype(&plain::quantise_row) quantise_row;
+    decltype(&plain::join_row) join_row;
+};
+
+#define KERNELS(set) {set::add_row, set::attend, set::quantise_row, set::join_row}
+
+static const Kernels plain_kernels = KERNELS(plain);
+#if defined(MANY_INSTRUCTION_SETS)
+static const Kernels avx2_kernels = KERNELS(avx2);
+static const Kernels avx512_kernels = KERNELS(avx512);
+#endif
+
+// The kernels of the named instruction set; null where it is unknown or this processor lacks it.
+extern "C" const Kernels* mhr_find_kernels(const char* name) {
+#if defined(MANY_INSTRUCTION_SETS)
+    __builtin_cpu_init();
+    if (strcmp(name, "avx512") == 0) return __builtin_cpu_supports("x86-64-v4") ? &avx512_kernels : nullptr;
+    if (strcmp(name, "avx2") == 0) return __builtin_cpu_supports("x86-64-v3") ? &avx2_kernels : nullptr;
+#endif
+    return strcmp(name, "plain") == 0 ? &plain_kernels : nullptr;
+}
+
+// Adds to rows 0 … rows-1 of y (…, d_out) what their adapters make of those of x (…, d_in):
+//     y[row] += (x[row] A[slot]) B[slot]
+// with slots (rows,), negative for rows to be left alone, and hidden (rows, width), which is filled unless it was by
+// another linear with this input.
+extern "C" void mhr_add_rows(const Kernels* kernels, const Linear* linear, const float* x, float* y, float* hidden,
+                             int has_hidden, const int64_t* slots, int64_t rows, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const int64_t slot = slots[row], next = row + 1 < rows ? slots[row + 1] : slot;
+        if (slot < 0) continue;
+        kernels->add_row(*linear, slot, next < 0 ? slot : next, x + row * linear->d_in, has_hidden != 0,
+                         hidden + row * linear->width, y + row * linear->d_out);
+    }
+}
+
+// Puts the keys and values of `rows` new tokens, one of each sequence, into the cache at cache_rows (rows,) = slot ·
+// context + position, and lets each token attend to its sequence up to itself: out (rows, heads, head_dim). `room` is
+// (threads, context and 16 more).
+extern "C" void mhr_attend(const Kernels* kernels, const Cache* cache, const Heads* query, const Heads* key,
+                           const Heads* value, const int64_t* cache_rows, int64_t rows, float scale, float* room,
+                           float* out, int threads) {
+    const int64_t head_dim = cache->head_dim, stride = cache->kv_heads * head_dim;
+#pragma omp parallel for schedule(dynamic, 4) num_threads(threads) if (threads > 1)
+    for (int64_t task = 0; task < rows * cache->kv_heads; ++task) {
+        const int64_t row = task / cache->kv_heads, head = task % cache->kv_heads;
+        const int64_t place = cache_rows[row] * stride + head * head_dim;
+        const int64_t key_place = head * key->head_stride + row * key->row_stride;
+        const int64_t value_place = head * value->head_stride + row * value->row_stride;
+        memcpy(cache->keys + place, key->numbers + key_place, head_dim * sizeof(float));
+        memcpy(cache->values + place, value->numbers + value_place, head_dim * sizeof(float));
+        const int64_t seen = cache_rows[row] % cache->context + 1;
+        const int64_t length = seen < cache->window ? seen : cache->window;
+        const int64_t first = place - (length - 1) * stride;
+        float* weights = room + omp_get_thread_num() * (cache->context + 16);
+        for (int64_t group = head * cache->groups; group < (head + 1) * cache->groups; ++group)
+            kernels->attend(query->numbers + group * query->head_stride + row * query->row_stride, cache->keys + first,
+                            cache->values + first, length, stride, head_dim, scale, weights,
+                            out + (row * cache->kv_heads * cache->groups + group) * head_dim);
+    }
+}
+
+// x (rows, d) -> digits (2, rows, d) and scales (rows,); `room` is (threads, d).
+extern "C" void mhr_quantise_rows(const Kernels* kernels, const float* x, int64_t rows, int64_t d, float* room,
+                                  uint8_t* digits, float* scales, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row)
+        kernels->quantise_row(x + row * d, d, room + omp_get_thread_num() * d, digits + row * d,
+                              digits + (rows + row) * d, scales + row);
+}
+
+// Columns first … first+d-1 of products (2, rows, width), and scales (rows,) -> y (rows, d).
+extern "C" void mhr_join_rows(const Kernels* kernels, const float* products, const float* scales, int64_t rows,
+                              int64_t width, int64_t first, int64_t d, float* y, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row) {
+        const float* own = products + row * width + first;
+        kernels->join_row(own, own + rows * width, scales[row], d, y + row * d);
+    }
+}
