@@ -2,6 +2,8 @@
 
 #include "vectors.h"
 
+#include "product_kernels.h"
+
 #include "attention_kernels.h"
 #include "int8_kernels.h"
 #include "slot_kernels.h"
