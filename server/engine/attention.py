@@ -86,11 +86,13 @@ class CachedAttention:
         if window is not None and window >= self._max_context:
             window = None
         query, key, value = query[0], key[0], value[0]
-        if self._operator is None:
+        if self._operator is None or key.shape != value.shape:  # the operator reads keys and values of one size
             self._keep(cache, key, value, 0)
             parts = [self._decode(cache, query, scaling, window)] if batch.runs else []
         else:
-            parts = [self._decode_compiled(cache, query, key, value, scaling, window)] if batch.runs else []
+            places = batch.cache_rows[: batch.num_decode]
+            attend = self._operator.attend  # which keeps the new tokens, too
+            parts = [attend(cache.keys, cache.values, query, key, value, places, scaling, window)] if batch.runs else []
             self._keep(cache, key, value, batch.num_decode)
         parts += [self._prefill(cache, query, segment, scaling, window) for segment in batch.prefill]
         return (parts[0] if len(parts) == 1 else torch.cat(parts))[None]
@@ -109,15 +111,6 @@ class CachedAttention:
             return lazy_zeros(shape, like.dtype, like.device)
 
         return LayerCache(zeros(key), zeros(value))
-
-    def _decode_compiled(
-        self, cache: LayerCache, query: Tensor, key: Tensor, value: Tensor, scaling: float, window: int | None
-    ) -> Tensor:
-        """`_decode`, and the new tokens kept, in one operator."""
-        assert self._batch is not None
-        assert self._operator is not None
-        places = self._batch.cache_rows[: self._batch.num_decode]
-        return self._operator.attend(cache.keys, cache.values, query, key, value, places, scaling, window)
 
     def _decode(self, cache: LayerCache, query: Tensor, scaling: float, window: int | None) -> Tensor:
         """query (H, N, head_dim), the decode rows first -> (D, H, head_dim)."""

@@ -58,6 +58,7 @@ class AttentionOperator:
         keys, values (S, C, KVH, head_dim): the cache, which takes the new tokens at cache_rows (D,) = slot * C +
         position; a token sees its slot's tokens up to itself, or the last `window` of them.
         """
+        assert keys.shape == values.shape, "a wrong size would be written beside the cache"
         context, kv_heads, head_dim = keys.shape[1:]
         rows, threads = len(cache_rows), torch.get_num_threads()
         cache = _Cache(

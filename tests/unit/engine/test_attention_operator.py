@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from server.engine.attention import CachedAttention
 from server.engine.attention_operator import AttentionOperator
+from server.engine.batch import AttentionBatch, DecodeRun
 from tests.unit.native.libraries import INSTRUCTIONS, LIBRARIES
 
 each_operator = pytest.mark.parametrize(
@@ -82,3 +84,15 @@ def test_a_rows_numbers_do_not_depend_on_the_batch(operator: AttentionOperator) 
         own = slice(row, row + 1)
         alone = operator.attend(keys, values, query[:, own], key[:, own], value[:, own], places[own], 0.125, None)
         assert torch.equal(alone[0], together[row])
+
+
+@each_operator
+def test_values_of_another_size_than_keys_are_attended_by_torch(operator: AttentionOperator) -> None:
+    compiled, torchs = CachedAttention(2, 8, operator), CachedAttention(2, 8)
+    step = AttentionBatch(torch.tensor([0, 8]), 2, (DecodeRun(0, 0, 2, 1, None),), None, None, ())
+    query, key, value = torch.randn(1, 4, 2, 6), torch.randn(1, 2, 2, 6), torch.randn(1, 2, 2, 10)
+    outs = []
+    for attention in (compiled, torchs):
+        with attention.use(step):
+            outs.append(attention.attend(0, query, key, value, 0.5, None))
+    assert torch.equal(*outs)
