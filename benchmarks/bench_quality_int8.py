@@ -31,6 +31,9 @@ from server.inventories import BUNDLED_FOLDER
 from server.training.examples import read_tasks
 from server.training.prompts import encode_answer, encode_prompt, render_prompt
 
+# The types in which the engine keeps adapters, with its compiled operators.
+_TABLES: dict[Quantization, torch.dtype] = {"none": torch.float32, "int8": torch.float16}
+
 
 @dataclass(frozen=True)
 class Text:
@@ -65,7 +68,7 @@ def main() -> None:
         context = inject(backbone.model)
         Runner(backbone.model, context, EngineConfig(max_batch=1, quantization=quantization, merged_tasks=0))
         for name, adapter in (("none", None), ("mean", mean_adapter(inventory))):
-            measured[name, quantization] = measure(backbone, context, adapter, texts)
+            measured[name, quantization] = measure(backbone, context, adapter, _TABLES[quantization], texts)
     results = {adapter: compare(measured[adapter, "none"], measured[adapter, "int8"]) for adapter in ("none", "mean")}
     print_table(
         f"{options.per_task} instances of each task in {options.data}, {num_tokens} tokens",
@@ -100,9 +103,11 @@ def read_texts(backbone: Backbone, prompt_format: str, options: argparse.Namespa
 
 
 @torch.inference_mode()
-def measure(backbone: Backbone, context: AdapterContext, adapter: Adapter | None, texts: list[Text]) -> Likelihood:
-    """Of the model as it is now, with the adapter on top."""
-    slots = AdapterSlots(linear_sizes(backbone.model), num_slots=1)
+def measure(
+    backbone: Backbone, context: AdapterContext, adapter: Adapter | None, tables: torch.dtype, texts: list[Text]
+) -> Likelihood:
+    """Of the model as it is now, with the adapter on top, in tables of the given type."""
+    slots = AdapterSlots(linear_sizes(backbone.model), num_slots=1, dtype=tables)
     slot = None if adapter is None else slots.acquire("", adapter)
     every: list[Tensor] = []
     answers: list[Tensor] = []
