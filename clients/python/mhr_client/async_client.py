@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from asyncio import sleep
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Sequence
 from contextlib import aclosing, asynccontextmanager
 from itertools import count
@@ -231,7 +231,7 @@ class AsyncClient:
             wait = self._retry.wait_after(attempt, error)
             if wait is None:
                 raise error
-            await asyncio.sleep(wait)
+            await sleep(wait)
 
 
 class AsyncJob:
@@ -272,5 +272,5 @@ class AsyncJob:
         """
         watch = JobWatch(on_progress, timeout_s)
         while not watch.is_over(await self.refresh()):
-            await asyncio.sleep(poll_s)
+            await sleep(poll_s)
         return self.info

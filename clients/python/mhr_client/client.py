@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import count
+from time import sleep
 from types import TracebackType
 from typing import Any, Self, TypeVar, Unpack
 
@@ -229,7 +229,7 @@ class Client:
             wait = self._retry.wait_after(attempt, error)
             if wait is None:
                 raise error
-            time.sleep(wait)
+            sleep(wait)
 
 
 class Job:
@@ -270,5 +270,5 @@ class Job:
         """
         watch = JobWatch(on_progress, timeout_s)
         while not watch.is_over(self.refresh()):
-            time.sleep(poll_s)
+            sleep(poll_s)
         return self.info

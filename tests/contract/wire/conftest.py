@@ -53,7 +53,7 @@ def make_server(tiny_model: Path, tmp_path: Path) -> Iterator[Callable[..., Live
         live.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveServer]:
     """One server for all tests that use tasks of their own."""
     settings = Settings(
@@ -65,7 +65,7 @@ def shared_server(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     live.stop()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def openapi(shared_server: LiveServer) -> dict[str, Any]:
     document: dict[str, Any] = httpx.get(f"{shared_server.url}/openapi.json").json()
     return document

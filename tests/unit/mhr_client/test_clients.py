@@ -81,14 +81,17 @@ def driver(make_driver: Callable[..., Driver]) -> Driver:
 
 @pytest.fixture
 def sleeps(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The pauses that a client makes, none of them real."""
+    """The pauses that a client makes, none of them real.
+
+    Only the clients' own names are replaced: a server in another thread still sleeps through its own `asyncio.sleep`.
+    """
     pauses: list[float] = []
 
     async def sleep(seconds: float) -> None:
         pauses.append(seconds)
 
-    monkeypatch.setattr("mhr_client.client.time.sleep", pauses.append)
-    monkeypatch.setattr("mhr_client.async_client.asyncio.sleep", sleep)
+    monkeypatch.setattr("mhr_client.client.sleep", pauses.append)
+    monkeypatch.setattr("mhr_client.async_client.sleep", sleep)
     return pauses
 
 
