@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+import mmap
 
-import numpy as np
 import torch
 from torch import Tensor
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Zeros of `shape`. On CPU the operating system supplies a page when it is first written, so that a table for
-    the largest batch costs only what the real ones need; torch.zeros would write all of it."""
-    if device.type != "cpu" or 0 in shape:
+    the largest batch costs only what the real ones need; torch.zeros would write all of it.
+
+    Pages are small ones: a key-value cache is written in a few places of every two megabytes, which as one huge page
+    would take all of them, and numpy.zeros asks for huge pages.
+    """
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if device.type != "cpu" or num_bytes == 0:
         return torch.zeros(shape, dtype=dtype, device=device)
-    flat = np.zeros(math.prod(shape) * dtype.itemsize, dtype=np.uint8)
-    return torch.from_numpy(flat).view(dtype).view(shape)
+    pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_NOHUGEPAGE"):  # only Linux has them
+        pages.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(pages, dtype=dtype).view(shape)
