@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 
 class AdapterMix(Protocol):
@@ -60,6 +61,13 @@ class AdaptedLinear(nn.Module):
         weight = self.base.weight
         assert isinstance(weight, Tensor)
         return weight
+
+    @property
+    def out_features(self) -> int:
+        """d_out."""
+        features = self.base.nf if isinstance(self.base, Conv1D) else self.base.out_features
+        assert isinstance(features, int)
+        return features
 
     def forward(self, x: Tensor) -> Tensor:
         mix = self.context.mix

@@ -60,7 +60,7 @@ class OperatorRows:
         self._threads = torch.get_num_threads()
 
     def add(self, table: LinearTable, x: Tensor, y: Tensor, hidden: Tensor | None) -> Tensor:
-        """See `Rows`; x and y contiguous in fp32, hidden (rows, R)."""
+        """See `Rows`; in fp32, x contiguous, hidden (rows, R)."""
         described = table.described
         assert described is not None
         has_hidden = hidden is not None
@@ -144,11 +144,12 @@ class SlotMix(AddedMix):
         self._of_segments: list[Tensor] = []  # (rows, R) per segment
 
     def add(self, linear: str, x: Tensor, y: Tensor) -> Tensor:
-        """y (1, N, d_out) plus each row's (x A) B, in place where y is contiguous, with x (1, N, d_in)."""
+        """y (1, N, d_out) plus each row's (x A) B, in place where a row's numbers lie side by side; x (1, N, d_in)."""
         table = self._tables[linear]
         if table.B is None:
             return y
-        y = y.contiguous()
+        if y.stride(-1) != 1:
+            y = y.contiguous()
         if self._x is not x or self._group is not table.group:  # a group's linears follow each other on one tensor
             self._x, self._group, self._of_rows = x, table.group, None
             self._of_segments = self._shrink_segments(table.group, x[0]) if self._segments else []

@@ -54,17 +54,20 @@ class SlotOperator:
     def add_rows(
         self, tables: LinearTables, x: Tensor, y: Tensor, hidden: Tensor, has_hidden: bool, slots: Tensor, threads: int
     ) -> None:
-        """Add to the first rows of y (…, d_out), in place, what the adapters in `slots` (rows,) make of those of
-        x (…, d_in), leaving rows with NO_SLOT alone; all contiguous on CPU, in fp32 and int64.
+        """Add to the first rows of y (…, N, d_out), in place, what the adapters in `slots` (rows,) make of those of
+        x (…, N, d_in), leaving rows with NO_SLOT alone; on CPU, in fp32 and int64, and contiguous, but for y, which
+        may be some columns of a wider tensor.
 
         hidden (rows, width): the low-rank inputs of all linears with this input, computed unless `has_hidden`.
         """
+        assert y.stride(-1) == 1
         rows = slots.numel()
         self._add_rows(
             self._kernels,
             ctypes.byref(tables),
             x.data_ptr(),
             y.data_ptr(),
+            y.stride(-2),
             hidden.data_ptr(),
             has_hidden,
             slots.data_ptr(),

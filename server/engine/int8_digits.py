@@ -10,13 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from server.native.library import Library
+from server.native.library import Library, threads_for
 
 LARGEST = 127
 BASE = 254  # of an activation's second digit: half a step is 127 of them
 OFFSET = 128  # of activations, which the product takes without a sign
 _SMALLEST = 1e-30  # stands for the scale of a row of zeros
-_NUMBERS_FOR_THREADS = 16_384  # of fewer, one thread is done before others have begun
 
 
 class Digits(Protocol):
@@ -64,7 +63,7 @@ class CompiledDigits:
         """See `Digits`."""
         x = x.float().contiguous()
         rows, d = x.shape
-        threads = _threads(x.numel())
+        threads = threads_for(x.numel())
         digits = torch.empty(2, rows, d, dtype=torch.uint8)
         scales, room = torch.empty(rows, 1), torch.empty(threads, d)
         self._quantise_rows(
@@ -85,7 +84,7 @@ class CompiledDigits:
             first,
             size,
             y.data_ptr(),
-            _threads(rows * size),
+            threads_for(rows * size),
         )
         return y
 
@@ -95,7 +94,3 @@ def to_steps(rows: Tensor) -> tuple[Tensor, Tensor]:
     rows = rows.float()
     scales = rows.abs().amax(-1, keepdim=True).clamp_min_(_SMALLEST).mul_(1 / LARGEST)
     return torch.mul(rows, scales.reciprocal()), scales
-
-
-def _threads(numbers: int) -> int:
-    return torch.get_num_threads() if numbers >= _NUMBERS_FOR_THREADS else 1

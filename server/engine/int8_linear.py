@@ -79,7 +79,7 @@ class Int8Product:
         return product.view(2, digits.shape[1], len(self._scales))
 
 
-class _SharedInput:
+class SharedInput:
     """One product for linears that the model calls one after another on the same input tensor.
 
     The first call computes it, the others take their columns; it is forgotten when all were taken.
@@ -94,6 +94,11 @@ class _SharedInput:
         self._x: Tensor | None = None
         self._computed: tuple[Tensor, Tensor] | None = None  # the digits' products (2, N, D) and scales (N, 1) of _x
         self._left: set[int] = set()  # places whose columns were not taken yet
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (N, d_in) -> all linears' columns (N, D) in fp32, without their biases."""
+        digits, scales = self._digits.quantise(x)
+        return self._digits.join(self._product(digits), scales, 0, sum(self.sizes))
 
     def columns(self, place: int, x: Tensor) -> Tensor:
         """x (..., d_in) -> the part (..., d_out) of the linear at `place`, in a tensor of its own, without its bias."""
@@ -112,9 +117,9 @@ class _SharedInput:
 class Int8Linear(nn.Module):
     """Takes the place of a frozen linear, without gradients."""
 
-    def __init__(self, shared: _SharedInput, place: int, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(self, shared: SharedInput, place: int, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
-        self._shared = shared
+        self.shared = shared
         self._place = place
         self.in_features = shared.d_in
         self.out_features = shared.sizes[place]
@@ -124,13 +129,13 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., d_in) -> (..., d_out)."""
-        y = self._shared.columns(self._place, x)
+        y = self.shared.columns(self._place, x)
         return y if self.bias is None else y.add_(self.bias)
 
 
 def int8_linears(linears: Sequence[nn.Linear | Conv1D], digits: Digits) -> list[Int8Linear]:
     """8-bit linears that compute one product together; the given ones read the same input."""
-    shared = _SharedInput([_weight(linear) for linear in linears], digits)
+    shared = SharedInput([_weight(linear) for linear in linears], digits)
     return [Int8Linear(shared, place, linear.bias, linear.weight.dtype) for place, linear in enumerate(linears)]
 
 

@@ -10,10 +10,12 @@ from server.adapters.adapted_linear import AdaptedLinear, AdapterContext
 from server.adapters.injection import linear_sizes
 from server.adapters.slot_operator import SlotOperator
 from server.adapters.slots import AdapterSlots, InputGroupFinder
-from server.engine.attention import CachedAttention, switch_to_cache
+from server.engine.attention import CachedAttention
 from server.engine.attention_operator import AttentionOperator
 from server.engine.batch import Batch, build_batch
+from server.engine.compiled_forward import CompiledForward, is_compilable
 from server.engine.config import EngineConfig
+from server.engine.forward import Forward, ModelForward
 from server.engine.int8_linear import quantise_model
 from server.engine.merged import MergedCopies, MergedStats, copy_bytes
 from server.engine.packed_head import pack_head
@@ -49,7 +51,6 @@ class Runner:
         self._library = self._find_library()
         attention = None if self._library is None else AttentionOperator(self._library)
         self._attention = CachedAttention(config.max_batch, config.max_context, attention)
-        self._switch = switch_to_cache(model, self._attention)
         self.vocab_size: int = model.get_input_embeddings().num_embeddings  # type: ignore[assignment]
         groups = self._find_input_groups()
         self._slots = self._make_slots(groups)
@@ -58,6 +59,7 @@ class Runner:
         elif config.packed_head:
             pack_head(model)
         self._merged = self._make_merged()
+        self._forward = self._choose_forward()
         self._probe()
         self.prefixes = PrefixBlocks(self._attention.layers, config.prefix_cache_bytes)
 
@@ -99,15 +101,7 @@ class Runner:
     @torch.inference_mode()
     def run(self, batch: Batch) -> Tensor:
         """One forward pass -> logits (S, vocabulary) in fp32 of the batch's logit rows."""
-        with self._context.use(batch.mix), self._attention.use(batch.attention), self._switch.engaged():
-            output = self._model(
-                input_ids=batch.token_ids,
-                position_ids=batch.positions,
-                use_cache=False,
-                logits_to_keep=batch.logit_rows,
-            )
-        logits: Tensor = output.logits
-        return logits[0].float()
+        return self._forward(batch).float()
 
     def check_integrity(self) -> None:
         """Assert that the adapters' slots are accounted for."""
@@ -159,6 +153,11 @@ class Runner:
             after_steps=config.merge_after_steps,
             wait=config.adapter_path == "merged",
         )
+
+    def _choose_forward(self) -> Forward:
+        if self._library is not None and is_compilable(self._model):
+            return CompiledForward(self._model, self._attention, self._library)
+        return ModelForward(self._model, self._context, self._attention)
 
     def _probe_tokens(self) -> Tensor:
         """Tokens (1, T) spread over the vocabulary."""

@@ -6,4 +6,5 @@
 
 #include "attention_kernels.h"
 #include "int8_kernels.h"
+#include "layer_kernels.h"
 #include "slot_kernels.h"

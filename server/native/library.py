@@ -11,6 +11,8 @@ import logging
 from functools import cache
 from typing import Any
 
+import torch
+
 logger = logging.getLogger(__name__)
 
 _LIBRARY = "server.native._operators"
@@ -18,11 +20,21 @@ INSTRUCTIONS = ("avx512", "avx2", "plain")  # the widest first
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
-    "mhr_add_rows": [*[_POINTER] * 5, _INT, _POINTER, _SIZE, _INT],
+    "mhr_add_rows": [*[_POINTER] * 4, _SIZE, _POINTER, _INT, _POINTER, _SIZE, _INT],
     "mhr_attend": [*[_POINTER] * 6, _SIZE, _FLOAT, _POINTER, _POINTER, _INT],
     "mhr_quantise_rows": [_POINTER, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3, _INT],
     "mhr_join_rows": [*[_POINTER] * 3, *[_SIZE] * 4, _POINTER, _INT],
+    "mhr_norm_rows": [*[_POINTER] * 4, _FLOAT, _SIZE, _SIZE, _POINTER, _INT],
+    "mhr_rotate_rows": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, *[_SIZE] * 3, _INT],
+    "mhr_gate_rows": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
 }
+
+_NUMBERS_FOR_THREADS = 16_384  # of fewer, one thread is done before others have begun
+
+
+def threads_for(numbers: int) -> int:
+    """The threads that share out an operator's work on so many numbers."""
+    return torch.get_num_threads() if numbers >= _NUMBERS_FOR_THREADS else 1
 
 
 class Library:

@@ -79,9 +79,14 @@ struct Kernels {
     decltype(&plain::attend) attend;
     decltype(&plain::quantise_row) quantise_row;
     decltype(&plain::join_row) join_row;
+    decltype(&plain::norm_row) norm_row;
+    decltype(&plain::rotate_row) rotate_row;
+    decltype(&plain::gate_row) gate_row;
 };
 
-#define KERNELS(set) {set::add_row, set::attend, set::quantise_row, set::join_row}
+#define KERNELS(set)                                                                                         \
+    {set::add_row,  set::attend,     set::quantise_row, set::join_row, \
+     set::norm_row, set::rotate_row, set::gate_row}
 
 static const Kernels plain_kernels = KERNELS(plain);
 #if defined(MANY_INSTRUCTION_SETS)
@@ -99,18 +104,18 @@ extern "C" const Kernels* mhr_find_kernels(const char* name) {
     return strcmp(name, "plain") == 0 ? &plain_kernels : nullptr;
 }
 
-// Adds to rows 0 … rows-1 of y (…, d_out) what their adapters make of those of x (…, d_in):
+// Adds to rows 0 … rows-1 of y (…, d_out), `stride` numbers apart, what their adapters make of those of x (…, d_in):
 //     y[row] += (x[row] A[slot]) B[slot]
 // with slots (rows,), negative for rows to be left alone, and hidden (rows, width), which is filled unless it was by
 // another linear with this input.
-extern "C" void mhr_add_rows(const Kernels* kernels, const Linear* linear, const float* x, float* y, float* hidden,
-                             int has_hidden, const int64_t* slots, int64_t rows, int threads) {
+extern "C" void mhr_add_rows(const Kernels* kernels, const Linear* linear, const float* x, float* y, int64_t stride,
+                             float* hidden, int has_hidden, const int64_t* slots, int64_t rows, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row) {
         const int64_t slot = slots[row], next = row + 1 < rows ? slots[row + 1] : slot;
         if (slot < 0) continue;
         kernels->add_row(*linear, slot, next < 0 ? slot : next, x + row * linear->d_in, has_hidden != 0,
-                         hidden + row * linear->width, y + row * linear->d_out);
+                         hidden + row * linear->width, y + row * stride);
     }
 }
 
@@ -157,4 +162,29 @@ extern "C" void mhr_join_rows(const Kernels* kernels, const float* products, con
         const float* own = products + row * width + first;
         kernels->join_row(own, own + rows * width, scales[row], d, y + row * d);
     }
+}
+
+// states (rows, d), to which more (rows, d) is added first unless it is null -> their root mean square norm (rows, d).
+extern "C" void mhr_norm_rows(const Kernels* kernels, float* states, const float* more, const float* weight,
+                              float epsilon, int64_t rows, int64_t d, float* normed, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row)
+        kernels->norm_row(states + row * d, more == nullptr ? nullptr : more + row * d, weight, epsilon, d,
+                          normed + row * d);
+}
+
+// Rotates the first `heads` heads of the rows of x, `stride` numbers apart, with cosines and sines (rows, head_dim).
+extern "C" void mhr_rotate_rows(const Kernels* kernels, float* x, int64_t stride, const float* cosines,
+                                const float* sines, int64_t rows, int64_t heads, int64_t head_dim, int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row)
+        kernels->rotate_row(x + row * stride, cosines + row * head_dim, sines + row * head_dim, heads, head_dim);
+}
+
+// gate and up side by side (rows, 2 d) -> silu(gate) · up (rows, d).
+extern "C" void mhr_gate_rows(const Kernels* kernels, const float* gate_up, int64_t rows, int64_t d, float* out,
+                              int threads) {
+#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
+    for (int64_t row = 0; row < rows; ++row)
+        kernels->gate_row(gate_up + 2 * row * d, gate_up + (2 * row + 1) * d, d, out + row * d);
 }
