@@ -13,8 +13,9 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_zeros(dtype: torch.dtype) -> None:
-    zeros = lazy_zeros((3, 5), dtype, CPU)
+@pytest.mark.parametrize("dense", [False, True])
+def test_zeros(dtype: torch.dtype, dense: bool) -> None:
+    zeros = lazy_zeros((3, 5), dtype, CPU, dense=dense)
     assert torch.equal(zeros, torch.zeros(3, 5, dtype=dtype))
     zeros[1] = 2
     assert zeros.sum() == 10
