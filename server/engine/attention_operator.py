@@ -13,6 +13,7 @@ from torch import Tensor
 from server.native.library import Library
 
 _VECTOR = 16  # numbers of the widest one: an operator writes weights in whole vectors
+_HEADS = 4  # query heads at once
 
 
 class _Cache(ctypes.Structure):
@@ -71,7 +72,7 @@ class AttentionOperator:
             context if window is None else window,
         )
         out = torch.empty(rows, len(query), head_dim)
-        room = torch.empty(threads, context + _VECTOR)
+        room = torch.empty(threads, _HEADS, context + _VECTOR)
         self._attend(
             self._kernels,
             ctypes.byref(cache),

@@ -48,13 +48,45 @@ INLINE float exponentials(float* scores, float scale, int64_t length) {
     return total(sums + load_part(scores + whole, length - whole));
 }
 
-// One query head over `length` tokens, their keys and values `stride` numbers apart; weights has room for whole vectors,
-// and scale is above 0.
-static void attend(const float* query, const float* keys, const float* values, int64_t length, int64_t stride,
-                   int64_t head_dim, float scale, float* weights, float* out) {
-    shrink(query, keys, stride, kAhead * stride, head_dim, length, weights);
-    const float sum = exponentials(weights, scale, length);
-    for (int64_t i = 0; i < head_dim; ++i) out[i] = 0.0f;
-    expand(weights, values, stride, kAhead * stride, length, head_dim, out);
-    for (int64_t i = 0; i < head_dim; ++i) out[i] /= sum;
+// Query heads, `query_stride` numbers apart, over `length` tokens, whose keys and values of one head are `stride` numbers
+// apart -> out (heads, head_dim). weights (heads, weights_stride) has room for whole vectors, and scale is above 0.
+template <int heads>
+INLINE void attend_few(const float* query, int64_t query_stride, const float* keys, const float* values, int64_t length,
+                       int64_t stride, int64_t head_dim, float scale, float* weights, int64_t weights_stride, float* out) {
+    const float* queries[heads];
+    const float* shares[heads];
+    float* scores[heads];
+    float* outs[heads];
+    for (int head = 0; head < heads; ++head) {
+        queries[head] = query + head * query_stride;
+        shares[head] = scores[head] = weights + head * weights_stride;
+        outs[head] = out + head * head_dim;
+    }
+    shrink<heads>(queries, keys, stride, kAhead * stride, head_dim, length, scores);
+    float sums[heads];
+    for (int head = 0; head < heads; ++head) sums[head] = exponentials(scores[head], scale, length);
+    for (int64_t i = 0; i < heads * head_dim; ++i) out[i] = 0.0f;
+    expand<heads>(shares, values, stride, kAhead * stride, length, head_dim, outs);
+    for (int head = 0; head < heads; ++head)
+        for (int64_t i = 0; i < head_dim; ++i) outs[head][i] /= sums[head];
+}
+
+// For 1 … kMostRows query heads of one head of keys and values.
+static void attend(int64_t heads, const float* query, int64_t query_stride, const float* keys, const float* values,
+                   int64_t length, int64_t stride, int64_t head_dim, float scale, float* weights, int64_t weights_stride,
+                   float* out) {
+    switch (heads) {
+        case 1:
+            return attend_few<1>(query, query_stride, keys, values, length, stride, head_dim, scale, weights,
+                                 weights_stride, out);
+        case 2:
+            return attend_few<2>(query, query_stride, keys, values, length, stride, head_dim, scale, weights,
+                                 weights_stride, out);
+        case 3:
+            return attend_few<3>(query, query_stride, keys, values, length, stride, head_dim, scale, weights,
+                                 weights_stride, out);
+        default:
+            return attend_few<4>(query, query_stride, keys, values, length, stride, head_dim, scale, weights,
+                                 weights_stride, out);
+    }
 }

@@ -75,7 +75,7 @@ namespace plain {
 
 // The kernels of one instruction set.
 struct Kernels {
-    decltype(&plain::add_row) add_row;
+    decltype(&plain::add_rows) add_rows;
     decltype(&plain::attend) attend;
     decltype(&plain::quantise_row) quantise_row;
     decltype(&plain::join_row) join_row;
@@ -85,7 +85,7 @@ struct Kernels {
 };
 
 #define KERNELS(set)                                                                                         \
-    {set::add_row,  set::attend,     set::quantise_row, set::join_row, \
+    {set::add_rows, set::attend,     set::quantise_row, set::join_row, \
      set::norm_row, set::rotate_row, set::gate_row}
 
 static const Kernels plain_kernels = KERNELS(plain);
@@ -110,18 +110,24 @@ extern "C" const Kernels* mhr_find_kernels(const char* name) {
 // another linear with this input.
 extern "C" void mhr_add_rows(const Kernels* kernels, const Linear* linear, const float* x, float* y, int64_t stride,
                              float* hidden, int has_hidden, const int64_t* slots, int64_t rows, int threads) {
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        const int64_t slot = slots[row], next = row + 1 < rows ? slots[row + 1] : slot;
-        if (slot < 0) continue;
-        kernels->add_row(*linear, slot, next < 0 ? slot : next, x + row * linear->d_in, has_hidden != 0,
-                         hidden + row * linear->width, y + row * stride);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
+        const int64_t stop = rows * (thread + 1) / count;
+        for (int64_t row = rows * thread / count, next; row < stop; row = next) {
+            const int64_t slot = slots[row];
+            for (next = row + 1; next < stop && next < row + plain::kMostRows && slots[next] == slot;) ++next;
+            if (slot < 0) continue;
+            const int64_t next_slot = next < rows && slots[next] >= 0 ? slots[next] : slot;
+            kernels->add_rows(*linear, slot, next_slot, next - row, x + row * linear->d_in, has_hidden != 0,
+                              hidden + row * linear->width, y + row * stride, stride);
+        }
     }
 }
 
 // Puts the keys and values of `rows` new tokens, one of each sequence, into the cache at cache_rows (rows,) = slot ·
 // context + position, and lets each token attend to its sequence up to itself: out (rows, heads, head_dim). `room` is
-// (threads, context and 16 more).
+// (threads, 4, context and 16 more).
 extern "C" void mhr_attend(const Kernels* kernels, const Cache* cache, const Heads* query, const Heads* key,
                            const Heads* value, const int64_t* cache_rows, int64_t rows, float scale, float* room,
                            float* out, int threads) {
@@ -137,11 +143,15 @@ extern "C" void mhr_attend(const Kernels* kernels, const Cache* cache, const Hea
         const int64_t seen = cache_rows[row] % cache->context + 1;
         const int64_t length = seen < cache->window ? seen : cache->window;
         const int64_t first = place - (length - 1) * stride;
-        float* weights = room + omp_get_thread_num() * (cache->context + 16);
-        for (int64_t group = head * cache->groups; group < (head + 1) * cache->groups; ++group)
-            kernels->attend(query->numbers + group * query->head_stride + row * query->row_stride, cache->keys + first,
-                            cache->values + first, length, stride, head_dim, scale, weights,
-                            out + (row * cache->kv_heads * cache->groups + group) * head_dim);
+        const int64_t weights_stride = cache->context + 16, heads = cache->kv_heads * cache->groups;
+        float* weights = room + omp_get_thread_num() * plain::kMostRows * weights_stride;
+        for (int64_t group = 0, count; group < cache->groups; group += count) {
+            const int64_t left = cache->groups - group, query_head = head * cache->groups + group;
+            count = left < plain::kMostRows ? left : plain::kMostRows;
+            kernels->attend(count, query->numbers + query_head * query->head_stride + row * query->row_stride,
+                            query->head_stride, cache->keys + first, cache->values + first, length, stride, head_dim,
+                            scale, weights, weights_stride, out + (row * heads + query_head) * head_dim);
+        }
     }
 }
 

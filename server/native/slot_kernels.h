@@ -1,24 +1,47 @@
-// The products of one row with its slot's tables.
+// The products of rows with their slot's tables.
 //
-// Tables hold fp32 or fp16 numbers, and each of them is used once a row: what counts is how fast they come from memory.
-// So while a row is computed, those of the next one are fetched. Everything is summed in fp32. A row's sums are made in
-// the same order whatever else is in the batch.
+// Tables hold fp32 or fp16 numbers. In a batch of many tasks each of them is used once: what counts is how fast they come
+// from memory, so while a row is computed, those of the next one are fetched. Rows of one prompt use the same tables, and
+// go through them together. Everything is summed in fp32, and a row's sums are made in the same order whatever else is in
+// the batch.
 
-template <class Number>
-INLINE void add_typed(const Linear& linear, int64_t slot, int64_t next_slot, const float* x, bool has_hidden, float* u,
-                      float* y) {
+template <int rows, class Number>
+INLINE void add_typed(const Linear& linear, int64_t slot, int64_t next_slot, const float* x, bool has_hidden,
+                      float* hidden, float* y, int64_t stride) {
     const int64_t size_A = linear.width * linear.d_in, size_B = linear.rank * linear.d_out;
     const int64_t ahead = next_slot - slot;
     const Number* A = static_cast<const Number*>(linear.A) + slot * size_A;
     const Number* B = static_cast<const Number*>(linear.B) + slot * size_B;
-    if (!has_hidden) shrink(x, A, linear.d_in, ahead * size_A, linear.d_in, linear.width, u);
-    expand(u + linear.first, B, linear.d_out, ahead * size_B, linear.rank, linear.d_out, y);
+    const float* inputs[rows];
+    const float* low_rank[rows];
+    float* all_low_rank[rows];
+    float* outputs[rows];
+    for (int row = 0; row < rows; ++row) {
+        inputs[row] = x + row * linear.d_in;
+        all_low_rank[row] = hidden + row * linear.width;
+        low_rank[row] = all_low_rank[row] + linear.first;
+        outputs[row] = y + row * stride;
+    }
+    if (!has_hidden) shrink<rows>(inputs, A, linear.d_in, ahead * size_A, linear.d_in, linear.width, all_low_rank);
+    expand<rows>(low_rank, B, linear.d_out, ahead * size_B, linear.rank, linear.d_out, outputs);
 }
 
-static void add_row(const Linear& linear, int64_t slot, int64_t next_slot, const float* x, bool has_hidden, float* u,
-                    float* y) {
+template <int rows>
+INLINE void add_few(const Linear& linear, int64_t slot, int64_t next_slot, const float* x, bool has_hidden,
+                    float* hidden, float* y, int64_t stride) {
     if (linear.is_half)
-        add_typed<Half>(linear, slot, next_slot, x, has_hidden, u, y);
+        add_typed<rows, Half>(linear, slot, next_slot, x, has_hidden, hidden, y, stride);
     else
-        add_typed<float>(linear, slot, next_slot, x, has_hidden, u, y);
+        add_typed<rows, float>(linear, slot, next_slot, x, has_hidden, hidden, y, stride);
+}
+
+// For 1 … kMostRows neighbouring rows of one slot.
+static void add_rows(const Linear& linear, int64_t slot, int64_t next_slot, int64_t rows, const float* x,
+                     bool has_hidden, float* hidden, float* y, int64_t stride) {
+    switch (rows) {
+        case 1: return add_few<1>(linear, slot, next_slot, x, has_hidden, hidden, y, stride);
+        case 2: return add_few<2>(linear, slot, next_slot, x, has_hidden, hidden, y, stride);
+        case 3: return add_few<3>(linear, slot, next_slot, x, has_hidden, hidden, y, stride);
+        default: return add_few<4>(linear, slot, next_slot, x, has_hidden, hidden, y, stride);
+    }
 }
