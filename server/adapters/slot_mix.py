@@ -1,8 +1,8 @@
-"""The mix of a step whose rows have their adapters in slots.
+"""The mix of a step whose rows have their adapters in slots, by torch.
 
-The compiled operator multiplies every row with its own adapter and reads the tables where they lie. Torch, which is the
-reference, has two ways: it gathers the tables of one-token rows first, and computes prompts, as segments of rows with
-one adapter, by plain products.
+It is the reference of the compiled operator, which multiplies every row with its own adapter and reads the tables where
+they lie. Torch has two ways: it gathers the tables of one-token rows first, and computes prompts, as segments of rows
+with one adapter, by plain products.
 
 Letters: S slots, N flattened rows of a step, d_in and d_out of a linear, r the rank that tables are padded to,
 R = r times the linears that share an input.
@@ -12,13 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from server.adapters.adapted_linear import AddedMix
-from server.adapters.slot_operator import NO_SLOT, SlotOperator
+from server.adapters.slot_operator import NO_SLOT
 from server.adapters.slot_tables import InputGroup, LinearTable
 
 
@@ -38,36 +37,6 @@ def slots_of_rows(decode_slots: Sequence[int], segments: Sequence[Segment]) -> l
         slots += [NO_SLOT] * (segment.start - len(slots))
         slots += [segment.slot] * (segment.stop - segment.start)
     return slots
-
-
-class Rows(Protocol):
-    """The first rows of a step, with an adapter each."""
-
-    def add(self, table: LinearTable, x: Tensor, y: Tensor, hidden: Tensor | None) -> Tensor:
-        """Add (x A) B to these rows of y (1, N, d_out), in place, with x (1, N, d_in).
-
-        `hidden` is what this returned for another linear of the same group and input: the rows' low-rank inputs.
-        """
-        ...
-
-
-class OperatorRows:
-    """Rows by the compiled operator, those of prompts too; ones with NO_SLOT among them stay as they are."""
-
-    def __init__(self, operator: SlotOperator, slots: Sequence[int]) -> None:
-        self._operator = operator
-        self._slots = torch.tensor(slots)
-        self._threads = torch.get_num_threads()
-
-    def add(self, table: LinearTable, x: Tensor, y: Tensor, hidden: Tensor | None) -> Tensor:
-        """See `Rows`; in fp32, x contiguous, hidden (rows, R)."""
-        described = table.described
-        assert described is not None
-        has_hidden = hidden is not None
-        if hidden is None:
-            hidden = torch.empty(len(self._slots), described.width)
-        self._operator.add_rows(described, x, y, hidden, has_hidden, self._slots, self._threads)
-        return hidden
 
 
 class TorchRows:
@@ -92,7 +61,11 @@ class TorchRows:
             self._pad(list(groups.values()), device)
 
     def add(self, table: LinearTable, x: Tensor, y: Tensor, hidden: Tensor | None) -> Tensor:
-        """See `Rows`; hidden (groups, height, R)."""
+        """Add (x A) B to these rows of y (1, N, d_out), in place, with x (1, N, d_in).
+
+        `hidden` (groups, height, R), the rows' low-rank inputs, is what this returned for another linear of the same
+        group and input.
+        """
         assert table.group.A is not None
         assert table.B is not None
         if hidden is None:
@@ -131,7 +104,7 @@ class SlotMix(AddedMix):
         self,
         tables: Mapping[str, LinearTable],
         rank: int,
-        rows: Rows | None,
+        rows: TorchRows | None,
         segments: tuple[Segment, ...] = (),
     ) -> None:
         self._tables = tables
@@ -144,17 +117,16 @@ class SlotMix(AddedMix):
         self._of_segments: list[Tensor] = []  # (rows, R) per segment
 
     def add(self, linear: str, x: Tensor, y: Tensor) -> Tensor:
-        """y (1, N, d_out) plus each row's (x A) B, in place where a row's numbers lie side by side; x (1, N, d_in)."""
+        """y (1, N, d_out) plus each row's (x A) B, in place where y is contiguous, with x (1, N, d_in)."""
         table = self._tables[linear]
         if table.B is None:
             return y
-        if y.stride(-1) != 1:
-            y = y.contiguous()
+        y = y.contiguous()
         if self._x is not x or self._group is not table.group:  # a group's linears follow each other on one tensor
             self._x, self._group, self._of_rows = x, table.group, None
             self._of_segments = self._shrink_segments(table.group, x[0]) if self._segments else []
         if self._rows is not None:
-            self._of_rows = self._rows.add(table, x.contiguous(), y, self._of_rows)
+            self._of_rows = self._rows.add(table, x, y, self._of_rows)
         if self._segments:
             self._expand_segments(table, y[0])
         return y

@@ -6,14 +6,17 @@ Without it torch computes the same (`server.adapters.slot_mix`).
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from server.adapters.adapted_linear import AddedMix
 from server.native.library import Library
 
 TABLE_DTYPES = (torch.float32, torch.float16)
 NO_SLOT = -1  # of a row without an adapter
+_ROWS = 4  # at once
 
 
 class LinearTables(ctypes.Structure):
@@ -27,8 +30,26 @@ class LinearTables(ctypes.Structure):
         ("first", ctypes.c_int64),
         ("rank", ctypes.c_int64),
         ("d_out", ctypes.c_int64),
+        ("column", ctypes.c_int64),
         ("is_half", ctypes.c_int64),
     )
+
+
+GroupTables = ctypes.Array[LinearTables]  # of linears that read the same input
+
+
+def describe(A: Tensor, B: Tensor, first: int, column: int) -> LinearTables:
+    """Tables of A (S, width, d_in), of which the linear owns the rows from `first` on, and B (S, r, d_out), whose
+    outputs go to a row's numbers from `column` on; both must outlive the result.
+    """
+    assert A.is_contiguous()
+    assert B.is_contiguous()
+    assert A.dtype == B.dtype
+    assert A.dtype in TABLE_DTYPES
+    width, d_in = A.shape[1:]
+    rank, d_out = B.shape[1:]
+    is_half = int(A.dtype == torch.float16)
+    return LinearTables(A.data_ptr(), B.data_ptr(), d_in, width, first, rank, d_out, column, is_half)
 
 
 class SlotOperator:
@@ -38,39 +59,60 @@ class SlotOperator:
         self._kernels = library.kernels
         self._add_rows = library.operator("mhr_add_rows")
 
-    @staticmethod
-    def describe(A: Tensor, B: Tensor, first: int) -> LinearTables:
-        """Of A (S, width, d_in), of which the linear owns the rows from `first` on, and B (S, r, d_out); both must
-        outlive the result.
-        """
-        assert A.is_contiguous()
-        assert B.is_contiguous()
-        assert A.dtype == B.dtype
-        assert A.dtype in TABLE_DTYPES
-        width, d_in = A.shape[1:]
-        rank, d_out = B.shape[1:]
-        return LinearTables(A.data_ptr(), B.data_ptr(), d_in, width, first, rank, d_out, int(A.dtype == torch.float16))
+    def add_rows(self, tables: GroupTables, x: Tensor, y: Tensor, slots: Tensor, room: Tensor, threads: int) -> None:
+        """Add to the first rows of y (…, N, D), in place, what the adapters in `slots` (rows,) make of those of
+        x (…, N, d_in), leaving rows with NO_SLOT alone; on CPU, in fp32 and int64, the numbers of a row side by side.
 
-    def add_rows(
-        self, tables: LinearTables, x: Tensor, y: Tensor, hidden: Tensor, has_hidden: bool, slots: Tensor, threads: int
-    ) -> None:
-        """Add to the first rows of y (…, N, d_out), in place, what the adapters in `slots` (rows,) make of those of
-        x (…, N, d_in), leaving rows with NO_SLOT alone; on CPU, in fp32 and int64, and contiguous, but for y, which
-        may be some columns of a wider tensor.
-
-        hidden (rows, width): the low-rank inputs of all linears with this input, computed unless `has_hidden`.
+        `room` is for 4 times the rank numbers a thread.
         """
+        assert x.is_contiguous()
         assert y.stride(-1) == 1
-        rows = slots.numel()
         self._add_rows(
             self._kernels,
-            ctypes.byref(tables),
+            tables,
+            len(tables),
             x.data_ptr(),
             y.data_ptr(),
             y.stride(-2),
-            hidden.data_ptr(),
-            has_hidden,
             slots.data_ptr(),
-            rows,
-            min(threads, rows),
+            len(slots),
+            room.data_ptr(),
+            threads,
         )
+
+
+class OperatorMix(AddedMix):
+    """The mix over slots for flattened rows, by the compiled operator: one-token rows, and those of prompts.
+
+    Rows with NO_SLOT are left exactly as the backbone computed them.
+    """
+
+    def __init__(
+        self,
+        operator: SlotOperator,
+        linears: Mapping[str, GroupTables],
+        groups: Mapping[tuple[str, ...], GroupTables],
+        rank: int,
+        slots: Sequence[int],
+    ) -> None:
+        self._operator = operator
+        self._linears = linears
+        self._groups = groups
+        self._slots = torch.tensor(slots)
+        self._threads = min(torch.get_num_threads(), len(slots))
+        self._room = torch.empty(self._threads, _ROWS, rank)
+
+    def add(self, linear: str, x: Tensor, y: Tensor) -> Tensor:
+        """y (1, N, d_out) plus each row's (x A) B, in place where y is contiguous, with x (1, N, d_in); in fp32."""
+        tables = self._linears.get(linear)
+        if tables is None:
+            return y
+        y = y.contiguous()
+        self._operator.add_rows(tables, x.contiguous(), y, self._slots, self._room, self._threads)
+        return y
+
+    def add_group(self, linears: tuple[str, ...], x: Tensor, y: Tensor) -> None:
+        """Add to y (N, D), in place, for linears that read the same input x (N, d_in), their outputs side by side."""
+        tables = self._groups.get(linears)
+        if tables is not None:
+            self._operator.add_rows(tables, x, y, self._slots, self._room, self._threads)

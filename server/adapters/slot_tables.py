@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from torch import Tensor
 
-from server.adapters.slot_operator import LinearTables
+from server.adapters.slot_operator import GroupTables, LinearTables, describe
 
 
 @dataclass
@@ -31,7 +32,6 @@ class LinearTable:
     d_in: int
     d_out: int
     B: Tensor | None = None  # (S, r, d_out) with the scaling folded in, allocated on first use
-    described: LinearTables | None = None  # the same for the compiled operator, where that is used
 
     def columns(self, rank: int) -> slice:
         """Of the group's low-rank inputs, those of this linear."""
@@ -49,3 +49,27 @@ def make_tables(sizes: Mapping[str, tuple[int, int]], input_groups: Iterable[Seq
             assert d_in == group.d_in, f"the linears {linears} cannot read the same input"
             tables[linear] = LinearTable(group, place, d_in, d_out)
     return tables
+
+
+def describe_linears(tables: Mapping[str, LinearTable], rank: int) -> dict[str, GroupTables]:
+    """For the compiled operator: each linear that adapters cover, by itself."""
+    covered = {linear: _describe(table, rank, column=0) for linear, table in tables.items() if table.B is not None}
+    return {linear: (LinearTables * 1)(described) for linear, described in covered.items()}
+
+
+def describe_groups(tables: Mapping[str, LinearTable], rank: int) -> dict[tuple[str, ...], GroupTables]:
+    """For the compiled operator: those that adapters cover of each group, the outputs of its linears side by side."""
+    described: dict[tuple[str, ...], list[LinearTables]] = {}
+    for linears in {table.group.linears for table in tables.values()}:
+        stops = accumulate(tables[linear].d_out for linear in linears)
+        for linear, stop in zip(linears, stops, strict=True):
+            table = tables[linear]
+            if table.B is not None:
+                described.setdefault(linears, []).append(_describe(table, rank, column=stop - table.d_out))
+    return {linears: (LinearTables * len(parts))(*parts) for linears, parts in described.items()}
+
+
+def _describe(table: LinearTable, rank: int, column: int) -> LinearTables:
+    assert table.group.A is not None
+    assert table.B is not None
+    return describe(table.group.A, table.B, table.columns(rank).start, column)

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from server.adapters.adapted_linear import AddedMix
 from server.adapters.assembly import Adapter
-from server.adapters.slot_mix import OperatorRows, Segment, SlotMix, TorchRows, slots_of_rows
-from server.adapters.slot_operator import SlotOperator
-from server.adapters.slot_tables import LinearTable, make_tables
+from server.adapters.slot_mix import Segment, SlotMix, TorchRows, slots_of_rows
+from server.adapters.slot_operator import GroupTables, OperatorMix, SlotOperator
+from server.adapters.slot_tables import LinearTable, describe_groups, describe_linears, make_tables
 from server.errors import AdapterUnavailable
 from server.memory import lazy_zeros
 
@@ -43,6 +43,8 @@ class AdapterSlots:
         self.rank = 0  # the largest seen; every table is padded to it
         self._operator = operator
         self._tables = make_tables(linear_sizes, input_groups)
+        self._linears: dict[str, GroupTables] = {}  # the same for the operator
+        self._groups: dict[tuple[str, ...], GroupTables] = {}
         self._empty = list(range(num_slots))  # a heap of slots that hold nothing
         self._slot_of: dict[str, int] = {}
         self._references: dict[str, int] = {}  # keys in use
@@ -73,14 +75,15 @@ class AdapterSlots:
             del self._references[key]
             self._idle[key] = None
 
-    def mix(self, decode_slots: Sequence[int], segments: Sequence[Segment]) -> SlotMix | None:
+    def mix(self, decode_slots: Sequence[int], segments: Sequence[Segment]) -> SlotMix | OperatorMix | None:
         """The mix of a step whose first rows are one-token rows of these slots, in ascending order, and whose
         segments lie behind them; all other rows have no adapter. None when no row has one.
         """
         if not decode_slots and not segments:
             return None
         if self._operator is not None:
-            return SlotMix(self._tables, self.rank, OperatorRows(self._operator, slots_of_rows(decode_slots, segments)))
+            slots = slots_of_rows(decode_slots, segments)
+            return OperatorMix(self._operator, self._linears, self._groups, self.rank, slots)
         rows = TorchRows(self.rank, decode_slots, self.device) if decode_slots else None
         return SlotMix(self._tables, self.rank, rows, tuple(segments))
 
@@ -114,9 +117,7 @@ class AdapterSlots:
         """Copy the adapter into the slot; what it does not cover becomes zero."""
         if adapter.rank > self.rank:
             self._widen(adapter.rank)
-        for linear in adapter.weights:
-            self._allocate(self._tables[linear])
-        self._describe()
+        self._allocate(adapter.weights)
         for linear, table in self._tables.items():
             if table.B is None:
                 continue
@@ -129,21 +130,20 @@ class AdapterSlots:
                 A[:rank].copy_(weights.A.T)
                 B[:rank].copy_(weights.B * adapter.scaling)
 
-    def _allocate(self, table: LinearTable) -> None:
-        group = table.group
-        if group.A is None:
-            group.A = self._zeros(len(group.linears) * self.rank, group.d_in)
-        if table.B is None:
+    def _allocate(self, linears: Iterable[str]) -> None:
+        new = [self._tables[linear] for linear in linears if self._tables[linear].B is None]
+        for table in new:
+            if table.group.A is None:
+                table.group.A = self._zeros(len(table.group.linears) * self.rank, table.group.d_in)
             table.B = self._zeros(self.rank, table.d_out)
+        if new:
+            self._describe()
 
     def _describe(self) -> None:
         """Tell the operator where the tables lie."""
-        if self._operator is None:
-            return
-        for table in self._tables.values():
-            if table.B is not None and table.described is None:
-                assert table.group.A is not None
-                table.described = self._operator.describe(table.group.A, table.B, table.columns(self.rank).start)
+        if self._operator is not None:
+            self._linears = describe_linears(self._tables, self.rank)
+            self._groups = describe_groups(self._tables, self.rank)
 
     def _widen(self, rank: int) -> None:
         """Pad all tables to a larger rank."""
@@ -157,7 +157,7 @@ class AdapterSlots:
             if table.B is not None:
                 narrow, table.B = table.B, self._zeros(rank, table.d_out)
                 table.B[:, :old] = narrow
-                table.described = None
+        self._describe()
 
     def _zeros(self, *shape: int) -> Tensor:
         return lazy_zeros((self.num_slots, *shape), self.dtype, self.device)

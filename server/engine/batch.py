@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from server.adapters.slot_mix import Segment, SlotMix
+from server.adapters.slot_operator import OperatorMix
 from server.adapters.slots import AdapterSlots
 from server.engine.config import Path
 from server.engine.merged import MergedMix
@@ -70,7 +71,7 @@ class Batch:
     scored: tuple[PrefillChunk, ...]  # chunks with scored tokens; their logit rows follow
     score_targets: tuple[int, ...]  # the tokens scored by them
     path: Path
-    mix: SlotMix | MergedMix | None  # None on the path "bare"
+    mix: SlotMix | OperatorMix | MergedMix | None  # None on the path "bare"
 
 
 def build_batch(
@@ -159,7 +160,7 @@ def _slot_mix(
     decode: Iterable[RequestState],
     chunks: Iterable[PrefillChunk],
     rows: Iterable[PrefillRows],
-) -> SlotMix | None:
+) -> SlotMix | OperatorMix | None:
     in_decode = [s.adapter_slot for s in decode if s.adapter_slot is not None]
     return slots.mix(in_decode, _adapter_segments(chunks, rows))
 

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMS
 
 from server.adapters.adapted_linear import AdaptedLinear
 from server.adapters.slot_mix import SlotMix
+from server.adapters.slot_operator import OperatorMix
 from server.engine.attention import CachedAttention
 from server.engine.batch import Batch
 from server.engine.layer_operators import LayerOperators
@@ -23,7 +24,7 @@ from server.engine.linear_group import LinearGroup
 from server.engine.merged import MergedMix
 from server.native.library import Library
 
-Mix = SlotMix | MergedMix | None
+Mix = OperatorMix | MergedMix | None
 
 
 class CompiledForward:
@@ -40,6 +41,7 @@ class CompiledForward:
 
     def __call__(self, batch: Batch) -> Tensor:
         """See `Forward`."""
+        assert not isinstance(batch.mix, SlotMix), "slots are computed by torch, the rest is not"
         states = self._embed(batch.token_ids[0])  # (N, d), a tensor of our own, changed in place
         cosines, sines = self._angles(states, batch.positions)
         with self._attention.use(batch.attention):

@@ -6,14 +6,13 @@ Letters: N rows, d_in and d_out of one linear, D the sum of d_out over the group
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from server.adapters.adapted_linear import AdaptedLinear
-from server.adapters.slot_mix import SlotMix
+from server.adapters.slot_operator import OperatorMix
 from server.engine.int8_linear import Int8Linear
 from server.engine.merged import MergedMix
 
@@ -24,23 +23,18 @@ class LinearGroup:
     """Adapted linears by name that follow each other on one input; the bases are in fp32 or 8 bits, on CPU."""
 
     def __init__(self, linears: Sequence[AdaptedLinear]) -> None:
-        self._names = [adapted.linear for adapted in linears]
+        self._names = tuple(adapted.linear for adapted in linears)
         bases = [adapted.base for adapted in linears]
         self._product = _product(self._names, bases)
-        stops = list(accumulate(adapted.out_features for adapted in linears))
-        self._columns = [slice(start, stop) for start, stop in pairwise([0, *stops])]
-        biases = [base.bias for base in bases]
-        self._biases = [(c, b) for c, b in zip(self._columns, biases, strict=True) if isinstance(b, Tensor)]
+        self._biases = _side_by_side(linears)
 
-    def __call__(self, x: Tensor, mix: SlotMix | MergedMix | None) -> Tensor:
+    def __call__(self, x: Tensor, mix: OperatorMix | MergedMix | None) -> Tensor:
         """x (N, d_in) -> the linears' outputs side by side (N, D)."""
         y = self._product(x, mix.weights if isinstance(mix, MergedMix) else _NO_WEIGHTS)
-        for columns, bias in self._biases:
-            y[:, columns] += bias
-        if isinstance(mix, SlotMix):
-            flattened = x[None]  # one tensor, by which the mix knows that they share it
-            for name, columns in zip(self._names, self._columns, strict=True):
-                mix.add(name, flattened, y[None, :, columns])
+        if self._biases is not None:
+            y += self._biases
+        if isinstance(mix, OperatorMix):
+            mix.add_group(self._names, x, y)
         return y
 
 
@@ -84,3 +78,13 @@ def _product(names: Sequence[str], bases: Sequence[nn.Module]) -> _Product:
         return _Int8Product([base for base in bases if isinstance(base, Int8Linear)])
     assert all(type(base) is nn.Linear for base in bases), "these linears cannot be computed as one"
     return _PlainProduct(names, [base for base in bases if isinstance(base, nn.Linear)])
+
+
+def _side_by_side(linears: Sequence[AdaptedLinear]) -> Tensor | None:
+    """The linears' biases (D,), zeros for those that have none; None when all have none."""
+    biases = [adapted.base.bias for adapted in linears]
+    if not any(isinstance(bias, Tensor) for bias in biases):
+        return None
+    widths = [adapted.out_features for adapted in linears]
+    parts = [b if isinstance(b, Tensor) else torch.zeros(n) for b, n in zip(biases, widths, strict=True)]
+    return torch.cat(parts).detach()

@@ -31,7 +31,7 @@ class PrefixBlocks:
         blocks = lazy_zeros((self.num_blocks, sum(sizes)), first.dtype, first.device, dense=True)
         parts = torch.split(blocks, sizes, dim=1)
         self._parts = [  # (num_blocks, BLOCK_TOKENS, KVH, head_dim) each
-            part.unflatten(1, (BLOCK_TOKENS, *table.shape[2:])) for part, table in zip(parts, self._slots, strict=True)
+            part.view(len(part), BLOCK_TOKENS, *table.shape[2:]) for part, table in zip(parts, self._slots, strict=True)
         ]
 
     def load(self, slot: int, hit: PrefixHit) -> None:

@@ -20,7 +20,7 @@ INSTRUCTIONS = ("avx512", "avx2", "plain")  # the widest first
 
 _POINTER, _SIZE, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _ARGUMENTS: dict[str, list[Any]] = {
-    "mhr_add_rows": [*[_POINTER] * 4, _SIZE, _POINTER, _INT, _POINTER, _SIZE, _INT],
+    "mhr_add_rows": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, _SIZE, _POINTER, _SIZE, _POINTER, _INT],
     "mhr_attend": [*[_POINTER] * 6, _SIZE, _FLOAT, _POINTER, _POINTER, _INT],
     "mhr_quantise_rows": [_POINTER, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3, _INT],
     "mhr_join_rows": [*[_POINTER] * 3, *[_SIZE] * 4, _POINTER, _INT],

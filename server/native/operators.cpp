@@ -22,6 +22,7 @@ struct Linear {
     int64_t first;    // the linear's first one of the width
     int64_t rank;
     int64_t d_out;
+    int64_t column;   // where the linear's outputs begin in a row of y
     int64_t is_half;  // fp16 tables; else fp32
 };
 
@@ -104,23 +105,27 @@ extern "C" const Kernels* mhr_find_kernels(const char* name) {
     return strcmp(name, "plain") == 0 ? &plain_kernels : nullptr;
 }
 
-// Adds to rows 0 … rows-1 of y (…, d_out), `stride` numbers apart, what their adapters make of those of x (…, d_in):
-//     y[row] += (x[row] A[slot]) B[slot]
-// with slots (rows,), negative for rows to be left alone, and hidden (rows, width), which is filled unless it was by
-// another linear with this input.
-extern "C" void mhr_add_rows(const Kernels* kernels, const Linear* linear, const float* x, float* y, int64_t stride,
-                             float* hidden, int has_hidden, const int64_t* slots, int64_t rows, int threads) {
+// Adds to rows 0 … rows-1 of y, `stride` numbers apart, what their adapters of `count` linears make of those of their
+// input x (…, d_in):
+//     y[row] += (x[row] A[slot]) B[slot], each linear from its column on,
+// with slots (rows,), negative for rows to be left alone. `room` is (threads, 4, the largest rank).
+extern "C" void mhr_add_rows(const Kernels* kernels, const Linear* linears, int64_t count, const float* x, float* y,
+                             int64_t stride, const int64_t* slots, int64_t rows, float* room, int threads) {
+    int64_t rank = 0;
+    for (int64_t place = 0; place < count; ++place) rank = linears[place].rank > rank ? linears[place].rank : rank;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
-        const int64_t thread = omp_get_thread_num(), count = omp_get_num_threads();
-        const int64_t stop = rows * (thread + 1) / count;
-        for (int64_t row = rows * thread / count, next; row < stop; row = next) {
+        const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
+        const int64_t stop = rows * (thread + 1) / num_threads;
+        float* own = room + thread * plain::kMostRows * rank;
+        for (int64_t row = rows * thread / num_threads, next; row < stop; row = next) {
             const int64_t slot = slots[row];
             for (next = row + 1; next < stop && next < row + plain::kMostRows && slots[next] == slot;) ++next;
             if (slot < 0) continue;
             const int64_t next_slot = next < rows && slots[next] >= 0 ? slots[next] : slot;
-            kernels->add_rows(*linear, slot, next_slot, next - row, x + row * linear->d_in, has_hidden != 0,
-                              hidden + row * linear->width, y + row * stride, stride);
+            for (int64_t place = 0; place < count; ++place)
+                kernels->add_rows(linears[place], slot, next_slot, next - row, x + row * linears[place].d_in, own,
+                                  y + row * stride, stride);
         }
     }
 }
