@@ -1,18 +1,20 @@
-"""The forward pass of Llama's architecture, with compiled operators for all that stands between the products.
+"""The forward pass of Llama and its like, with compiled operators for all that stands between the products.
 
-A step of 32 rows runs some 1,400 small operations in transformers' modules, which take as long as the 8-bit products.
-Here they are 350. `ModelForward` computes the same, and the runner compares the two when it begins.
+In transformers' modules a step runs more than a thousand small operations, which take about as long as its 8-bit
+products. `ModelForward` computes the same by them, and the runner compares the two when it begins.
 
 Letters: N rows of a step, S rows whose logits are needed, H query heads, d numbers of a hidden state.
 """
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any
 
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRMSNorm
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
+from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from server.adapters.adapted_linear import AdaptedLinear
 from server.adapters.slot_mix import SlotMix
@@ -24,19 +26,27 @@ from server.engine.linear_group import LinearGroup
 from server.engine.merged import MergedMix
 from server.native.library import Library
 
+# Models whose layers are: norm, rotated attention, sum, norm, gated products, sum.
+_LAYERS: dict[type[PreTrainedModel], type[nn.Module]] = {
+    LlamaForCausalLM: LlamaDecoderLayer,
+    MistralForCausalLM: MistralDecoderLayer,
+    Qwen2ForCausalLM: Qwen2DecoderLayer,
+}
+
 Mix = OperatorMix | MergedMix | None
 
 
 class CompiledForward:
     """Computes steps of an injected model that `is_compilable`, in fp32 on CPU; see `Forward`."""
 
-    def __init__(self, model: LlamaForCausalLM, attention: CachedAttention, library: Library) -> None:
+    def __init__(self, model: PreTrainedModel, attention: CachedAttention, library: Library) -> None:
         operators = LayerOperators(library)
+        decoder: Any = model.model
         self._attention = attention
-        self._embed = model.model.embed_tokens
-        self._angles = model.model.rotary_emb
-        self._layers = [_Layer(layer, attention, operators) for layer in model.model.layers]
-        self._norm = _Norm(model.model.norm, operators)
+        self._embed = decoder.embed_tokens
+        self._angles = decoder.rotary_emb
+        self._layers = [_Layer(layer, attention, operators) for layer in decoder.layers]
+        self._norm = _Norm(decoder.norm, operators)
         self._head = model.lm_head
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -56,7 +66,7 @@ class CompiledForward:
 class _Layer:
     """One decoder layer. What a block adds to the hidden states is added by the norm that comes after it."""
 
-    def __init__(self, layer: LlamaDecoderLayer, attention: CachedAttention, operators: LayerOperators) -> None:
+    def __init__(self, layer: Any, attention: CachedAttention, operators: LayerOperators) -> None:
         own, mlp = layer.self_attn, layer.mlp
         self._attention = attention
         self._operators = operators
@@ -65,6 +75,8 @@ class _Layer:
         self._head_dim = own.head_dim
         self._num_heads: int = own.config.num_attention_heads
         self._num_kv_heads = self._num_heads // own.num_key_value_groups
+        everywhere = getattr(own.config, "sliding_window", None)
+        self._window: int | None = getattr(own, "sliding_window", everywhere)  # of this layer
         self._attention_norm = _Norm(layer.input_layernorm, operators)
         self._qkv = _group(own.q_proj, own.k_proj, own.v_proj)
         self._out = _group(own.o_proj)
@@ -85,12 +97,12 @@ class _Layer:
         heads = qkv.view(len(qkv), -1, self._head_dim).transpose(0, 1)[None]  # (1, heads, N, head_dim)
         first_key, first_value = self._num_heads, self._num_heads + self._num_kv_heads
         query, key, value = heads[:, :first_key], heads[:, first_key:first_value], heads[:, first_value:]
-        attended = self._attention.attend(self._layer_idx, query, key, value, self._scaling, window=None)
+        attended = self._attention.attend(self._layer_idx, query, key, value, self._scaling, self._window)
         return attended.reshape(len(qkv), -1)
 
 
 class _Norm:
-    def __init__(self, norm: LlamaRMSNorm, operators: LayerOperators) -> None:
+    def __init__(self, norm: Any, operators: LayerOperators) -> None:
         self._operators = operators
         self._weight = norm.weight.detach()
         self._epsilon = norm.variance_epsilon
@@ -100,13 +112,20 @@ class _Norm:
         return self._operators.norm(states, more, self._weight, self._epsilon)
 
 
-def is_compilable(model: PreTrainedModel) -> TypeGuard[LlamaForCausalLM]:
-    """Whether `CompiledForward` computes this model: Llama's modules as they are, with their usual activation."""
-    return (
-        type(model) is LlamaForCausalLM
-        and model.config.hidden_act == "silu"
-        and all(type(layer) is LlamaDecoderLayer for layer in model.model.layers)
+def is_compilable(model: PreTrainedModel) -> bool:
+    """Whether `CompiledForward` computes this model: of a known make, with its modules as they are, gated by SiLU."""
+    known = _LAYERS.get(type(model))
+    if known is None:
+        return False
+    decoder: Any = model.model
+    return model.config.hidden_act == "silu" and all(
+        type(layer) is known and _is_unchanged(layer) for layer in decoder.layers
     )
+
+
+def _is_unchanged(layer: nn.Module) -> bool:
+    """Whether no module of the layer has a forward pass of its own, in place of its class's."""
+    return not any("forward" in vars(module) for module in layer.modules())
 
 
 def _group(*linears: nn.Module) -> LinearGroup:

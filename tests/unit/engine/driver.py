@@ -60,6 +60,8 @@ GPT2 = {
 FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "llama": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE)),
     "llama_head_dim": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE | {"head_dim": 6, "num_key_value_heads": 4})),
+    "llama_biased": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True)),
+    "llama_gelu": lambda: LlamaForCausalLM(LlamaConfig(**SHAPE, hidden_act="gelu")),
     "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**SHAPE)),
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE | {"head_dim": 8})),
     "mistral_sliding": lambda: MistralForCausalLM(MistralConfig(**SHAPE | {"sliding_window": 5})),
@@ -75,7 +77,11 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
 def make_model(family: str = "llama", seed: int = 0) -> PreTrainedModel:
     """A tiny random model, the same for the same seed."""
     torch.manual_seed(seed)
-    return FAMILIES[family]().eval()
+    model = FAMILIES[family]().eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):  # which begin as zeros
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model
 
 
 def make_adapter(model: PreTrainedModel, seed: int, rank: int = 2, linears: Iterable[str] | None = None) -> Adapter:

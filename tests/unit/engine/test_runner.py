@@ -18,7 +18,9 @@ from transformers import (
 )
 
 from server.adapters.injection import inject
+from server.engine.compiled_forward import CompiledForward
 from server.engine.config import EngineConfig, Quantization
+from server.engine.forward import ModelForward
 from server.engine.runner import Runner
 from server.errors import InvalidInput
 from server.native.library import load_library
@@ -98,13 +100,17 @@ def test_the_probe_leaves_no_trace_in_the_cache() -> None:
     assert len(attention._layers) == 2
 
 
-def test_an_exception_in_the_forward_pass_gives_the_model_its_attention_back(monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver(make_model())
+@pytest.mark.parametrize("operators", [True, False], ids=["compiled", "torch"])
+def test_an_exception_in_the_forward_pass_gives_the_model_its_attention_back(
+    monkeypatch: pytest.MonkeyPatch, operators: bool
+) -> None:
+    driver = Driver(make_model(), EngineConfig(max_batch=2, max_context=CONTEXT, operators=operators))
     before = driver.runner._model.config._attn_implementation
-    driver.add(random_prompt(0, 4))
+    request_id = driver.add(random_prompt(0, 4))
     with monkeypatch.context() as patch:
-        patch.setattr(driver.runner._model.model.norm, "forward", lambda *_: 1 / 0)
+        patch.setattr(driver.runner._model.model.embed_tokens, "forward", lambda *_: 1 / 0)
         driver.step()
+    assert driver.answer(request_id).finish.reason == "error"
     assert driver.runner._model.config._attn_implementation == before
     assert driver.runner._attention._batch is None
     assert driver.runner._context.mix is None
@@ -120,3 +126,28 @@ def test_the_operators_tables_are_as_exact_as_the_weights(
     assert Driver(make_model(), config).runner._slots.dtype == dtype
     monkeypatch.setattr("server.engine.runner.load_library", lambda: None)
     assert Driver(make_model(), config).runner._slots.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("family", "compiled"),
+    [
+        ("llama", True),
+        ("llama_biased", True),
+        ("mistral_sliding", True),
+        ("qwen2", True),
+        ("llama_gelu", False),
+        ("qwen3", False),
+        ("gpt2", False),
+    ],
+)
+def test_models_of_a_known_make_are_computed_by_operators(family: str, compiled: bool) -> None:
+    if load_library() is None:
+        pytest.skip("the compiled operators were not built")
+    assert type(runner(make_model(family))._forward) is (CompiledForward if compiled else ModelForward)
+
+
+def test_a_model_that_was_changed_computes_by_its_own_modules(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_model()
+    mlp = model.get_submodule("model.layers.1.mlp")
+    monkeypatch.setattr(mlp, "forward", lambda x: type(mlp).forward(mlp, x) * 2)
+    assert type(runner(model)._forward) is ModelForward
