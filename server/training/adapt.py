@@ -70,6 +70,12 @@ class Method(StrEnum):
             )
 
 
+# A fresh LoRA begins with B = 0 and small numbers in A. Where both are trained, steps of one size change what they
+# compute several times as much; docs/results.md has the comparison.
+_LORA_LR = 3e-3
+_TRAINED_LR = 1e-3
+
+
 class Hyperparameters(BaseModel):
     """How a task is learnt; what is left out takes the method's default."""
 
@@ -77,7 +83,12 @@ class Hyperparameters(BaseModel):
 
     steps: int = Field(default=60, ge=1, le=10_000, description="most steps; early stopping may end sooner")
     batch_size: int = Field(default=8, ge=1, le=256, description="examples a step")
-    adapter_lr: float = Field(default=3e-3, gt=0, le=1, description="peak learning rate of skills and adapters")
+    adapter_lr: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="peak learning rate of skills and adapters; 0.003 for a `lora`, 0.001 for what begins trained",
+    )
     routing_lr: float = Field(default=0.3, gt=0, le=10, description="peak learning rate of routing logits")
     warmup: float = Field(default=0.06, ge=0, le=1, description="fraction of the steps that the learning rate rises")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -87,6 +98,12 @@ class Hyperparameters(BaseModel):
     patience: int = Field(default=3, ge=1, description="validations below the best that end the job")
     rank: int = Field(default=4, ge=1, le=256, description="rank of a `lora`")
     alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
+
+    def resolved(self, method: Method) -> Hyperparameters:
+        """With the method's default in the place of what was left out."""
+        if self.adapter_lr is not None:
+            return self
+        return self.model_copy(update={"adapter_lr": _LORA_LR if method is Method.LORA else _TRAINED_LR})
 
 
 @dataclass(frozen=True)
@@ -313,7 +330,8 @@ def _validate_served(trainer: Trainer, served: Served | None, spec: AdaptSpec, b
 
 
 def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
-    settings = spec.hyperparameters
+    settings = spec.hyperparameters.resolved(spec.method)
+    assert settings.adapter_lr is not None
     return TrainerConfig(
         steps=settings.steps,
         adapter_lr=settings.adapter_lr,

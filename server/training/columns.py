@@ -95,7 +95,7 @@ def _merged(column: Column, given: Mapping[str, Mapping[str, Any]]) -> Hyperpara
     for key in dict.fromkeys((UNNAMED, column.method, column.name)):
         values |= given.get(key, {})
     try:
-        return Hyperparameters.model_validate(values)
+        return Hyperparameters.model_validate(values).resolved(Method(column.method))
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

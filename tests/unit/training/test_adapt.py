@@ -188,3 +188,20 @@ def test_a_method_for_another_number_of_heads_is_refused(method: str, heads: int
 def test_a_method_without_its_inventory_is_refused(backbone: Backbone, examples: list[Example]) -> None:
     with pytest.raises(InvalidInput, match="'mhr' needs an inventory"):
         adapt(_spec(examples), backbone, None, None, Recorder())
+
+
+@pytest.mark.parametrize(("method", "rate"), [(Method.LORA, 0.003), (Method.MHR, 0.001), (Method.POLY_MU, 0.001)])
+def test_what_begins_trained_learns_with_smaller_steps(method: Method, rate: float) -> None:
+    assert Hyperparameters().resolved(method).adapter_lr == rate
+    assert Hyperparameters(adapter_lr=0.02).resolved(method).adapter_lr == 0.02
+
+
+def test_an_adaptation_that_asks_for_no_learning_rate_takes_its_methods(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    recorders = [Recorder() for _ in range(3)]
+    for rate, recorder in zip((None, 1e-3, 3e-3), recorders, strict=True):
+        adapt(_spec(examples, "mhr", adapter_lr=rate, steps=4), backbone, inventory, None, recorder)
+    unset, same, other = (recorder.losses for recorder in recorders)
+    assert unset == same
+    assert unset != other
