@@ -18,8 +18,8 @@ from server.errors import Unavailable
 _PATIENCE = 2
 # Prompt tokens of a step beside sequences that decode: more for each of them, since the step is longer anyway, and for
 # each further prompt, since more are waiting.
-_MORE_PER_DECODE = 2
-_MORE_PER_PROMPT = 8
+_MORE_PER_DECODE = 1
+_MORE_PER_PROMPT = 12
 
 
 class QueueFull(Unavailable):

@@ -109,7 +109,7 @@ def test_prompts_compute_little_at_once_beside_sequences_that_decode() -> None:
     running(scheduler, 8)
     scheduler.add(make("long", 0, prompt=1500))
     plan = scheduler.schedule()
-    assert (len(plan.decode), plan.num_prefill_tokens) == (8, 32 + 2 * 8)
+    assert (len(plan.decode), plan.num_prefill_tokens) == (8, 12 + 8)
 
 
 def test_prompts_compute_all_they_may_while_they_are_the_majority() -> None:
@@ -117,7 +117,7 @@ def test_prompts_compute_all_they_may_while_they_are_the_majority() -> None:
     running(scheduler, 3)
     for number in range(3):
         scheduler.add(make("long", number, prompt=1500))
-    assert scheduler.schedule().num_prefill_tokens == 32 + 2 * 3 + 8 * 2
+    assert scheduler.schedule().num_prefill_tokens == 12 + 3 + 12 * 2
     scheduler.add(make("long", 3, prompt=1500))
     assert scheduler.schedule().num_prefill_tokens == 256
 
