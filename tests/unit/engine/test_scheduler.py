@@ -86,7 +86,7 @@ def test_every_running_sequence_decodes_while_a_long_prompt_is_computed_in_chunk
 
 
 def test_short_prompts_pass_a_long_one_that_still_moves_on() -> None:
-    scheduler = Scheduler(EngineConfig(max_batch=4, max_context=1024, prefill_chunk=16))
+    scheduler = Scheduler(EngineConfig(max_batch=4, max_context=1024, prefill_chunk=16, busy_prefill_chunk=None))
     scheduler.add(make("long", 0, prompt=500))
     for number in range(2):
         scheduler.add(make("short", number, prompt=4))
