@@ -259,7 +259,7 @@ def test_a_deadline_is_504(
     make_server: Callable[..., LiveServer], connect: Callable[[LiveServer], httpx.Client]
 ) -> None:
     client = connect(make_server(request_timeout_s=0.2))
-    slow = {"max_new_tokens": 240, "ignore_eos": True, "n": 100}
+    slow = {"max_new_tokens": 240, "ignore_eos": True, "n": 128}
     answer = client.post("/generate", json=generation(task_id="base", parameters=slow))
     assert (answer.status_code, answer.json()["error"]["type"]) == (504, "deadline_exceeded")
 
