@@ -85,7 +85,7 @@ struct Kernels {
     decltype(&plain::gate_row) gate_row;
 };
 
-#define KERNELS(set)                                                                                         \
+#define KERNELS(set)                                                   \
     {set::add_rows, set::attend,     set::quantise_row, set::join_row, \
      set::norm_row, set::rotate_row, set::gate_row}
 
