@@ -54,8 +54,9 @@ def test_rows_get_what_torch_computes(operator: SlotOperator, dtype: torch.dtype
 @each_operator
 def test_no_rows_are_no_work(operator: SlotOperator) -> None:
     A = B = torch.ones(1, 1, 4)
-    y = torch.zeros(0, 4)
-    add(operator, tables_of(describe(A, B, 0, 0)), y, y, torch.empty(0, dtype=torch.int64))
+    x, y = torch.ones(2, 4), torch.zeros(2, 4)
+    add(operator, tables_of(describe(A, B, 0, 0)), x, y, torch.empty(0, dtype=torch.int64))
+    assert not y.any()
 
 
 @each_operator
