@@ -74,7 +74,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--streams", type=int, default=8, help="streams beside a long prompt or a job")
     parser.add_argument("--stream-tokens", type=int, default=250, help="of each stream beside the long prompt")
     parser.add_argument("--long-tokens", type=int, default=1500)
-    parser.add_argument("--arrival-s", type=float, default=4.0, help="when the long prompt comes")
+    parser.add_argument("--arrival-tokens", type=int, default=80, help="of each stream before the long prompt comes")
     parser.add_argument("--skills", type=int, default=8)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--rank", type=int, default=8)

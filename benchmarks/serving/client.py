@@ -2,8 +2,9 @@
 
 Run as a script, with a plan as JSON on standard input, `{"host", "port", "clients", "requests": […]}`, and
 the answers as JSON on standard output. With `clients`, so many send one request after another; without, every request
-goes at its own `at_s`. Only the standard library and no HTTP package, so that the load costs the measured server
-little of the processor that both share. All times are seconds of the system's monotonic clock.
+goes at its own `at_s`, or once the streams before it have run so far. Only the standard library and no HTTP package,
+so that the load costs the measured server little of the processor that both share. All times are seconds of the
+system's monotonic clock.
 """
 
 from __future__ import annotations
@@ -22,11 +23,15 @@ from urllib.parse import urlsplit
 
 @dataclass(frozen=True)
 class Request:
-    """One POST. `at_s` counts from the plan's start; None where a closed loop sends it in its turn."""
+    """One POST. `at_s` counts from the plan's start; None where a closed loop sends it in its turn.
+
+    With `after_tokens` it goes when every request without one has had so many `token` events, or has ended.
+    """
 
     path: str
     body: dict[str, Any]
     at_s: float | None = None
+    after_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -59,19 +64,37 @@ def send(url: str, requests: Sequence[Request], clients: int | None = None, time
     return answers
 
 
+class Stream:
+    """A request's `token` events as they come, and whether there were so many, or none will come any more."""
+
+    def __init__(self, enough: int) -> None:
+        self.token_s: list[float] = []
+        self.far_enough = asyncio.Event()
+        self._enough = enough
+
+    def add_token(self) -> None:
+        self.token_s.append(time.monotonic())
+        if len(self.token_s) == self._enough:
+            self.far_enough.set()
+
+
 async def run(plan: dict[str, Any]) -> list[Answer]:
     host, port, requests = plan["host"], plan["port"], [Request(**request) for request in plan["requests"]]
     answers: dict[int, Answer] = {}
     waiting = iter(list(enumerate(requests)))
+    streams = [Stream(max(r.after_tokens for r in requests)) for _ in requests]
     start_s = time.monotonic()
 
     async def closed() -> None:
         for number, request in waiting:
-            answers[number] = await ask(host, port, request)
+            answers[number] = await ask(host, port, request, streams[number])
 
     async def at_its_time(number: int, request: Request) -> None:
         await asyncio.sleep(max(0.0, start_s + (request.at_s or 0.0) - time.monotonic()))
-        answers[number] = await ask(host, port, request)
+        if request.after_tokens:
+            before = [stream for stream, r in zip(streams, requests, strict=True) if not r.after_tokens]
+            await asyncio.gather(*(stream.far_enough.wait() for stream in before))
+        answers[number] = await ask(host, port, request, streams[number])
 
     if plan["clients"]:
         await asyncio.gather(*(closed() for _ in range(plan["clients"])))
@@ -80,8 +103,8 @@ async def run(plan: dict[str, Any]) -> list[Answer]:
     return [answers[number] for number in range(len(requests))]
 
 
-async def ask(host: str, port: int, request: Request) -> Answer:
-    """One request on a connection of its own."""
+async def ask(host: str, port: int, request: Request, stream: Stream) -> Answer:
+    """One request on a connection of its own; its tokens are told to `stream` as they come."""
     reader, writer = await asyncio.open_connection(host, port)
     payload = json.dumps(request.body).encode()
     head = (
@@ -92,7 +115,6 @@ async def ask(host: str, port: int, request: Request) -> Answer:
     writer.write(head.encode() + payload)
     status = int((await reader.readline()).split()[1])
     headers = await read_headers(reader)
-    token_s: list[float] = []
     data, events = b"", headers.get("content-type", "").startswith("text/event-stream")
     async for piece in read_pieces(reader, headers):
         data += piece
@@ -100,13 +122,14 @@ async def ask(host: str, port: int, request: Request) -> Answer:
             *whole, data = data.split(b"\n\n")
             for event in whole:
                 if b"event: token" in event:
-                    token_s.append(time.monotonic())
+                    stream.add_token()
                 elif b"data:" in event:
                     last = event
     done_s = time.monotonic()
+    stream.far_enough.set()
     writer.close()
     text = last.partition(b"data:")[2] if events else data
-    return Answer(sent_s, done_s, status, json.loads(text), token_s)
+    return Answer(sent_s, done_s, status, json.loads(text), stream.token_s)
 
 
 async def read_headers(reader: asyncio.StreamReader) -> dict[str, str]:

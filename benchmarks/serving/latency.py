@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import statistics
 import sys
@@ -13,7 +14,7 @@ from typing import Any
 
 from common import print_table
 
-from serving.client import Answer, Request, send
+from serving.client import Answer, send
 from serving.house import House
 from serving.process import ServerProcess, cpu_seconds, resident_bytes
 from serving.scenarios import NO_LIMIT, Result, suffix
@@ -81,14 +82,14 @@ def gaps_around_arrival(house: House, server: ServerProcess) -> tuple[float, flo
         generate(n, prompt.text, options.stream_tokens, stream=True)
         for n, prompt in enumerate(house.prompts(options.streams))
     ]
-    streams = [Request(r.path, r.body, 0.0) for r in streams]
     (prompt,) = house.prompts(1, options.long_tokens)
-    long = generate(options.streams, prompt.text, 1, stream=True, at_s=options.arrival_s)
+    long = generate(options.streams, prompt.text, 1, stream=True)
+    long = dataclasses.replace(long, after_tokens=options.arrival_tokens)
     *running, arrived = send(server.url, [*streams, long])
     all_run_s = max(answer.token_s[0] for answer in running)
     last_s = min(answer.token_s[-1] for answer in running)
     if not all_run_s < arrived.sent_s < arrived.token_s[0] < last_s:
-        raise SystemExit("the streams did not run all the while; change --stream-tokens or --arrival-s")
+        raise SystemExit("the streams did not run all the while; give them more with --stream-tokens")
     before = gaps_between(running, all_run_s, arrived.sent_s)
     during = gaps_between(running, arrived.sent_s, arrived.token_s[0])
     return percentile(before, 95), percentile(during, 95)

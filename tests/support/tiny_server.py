@@ -25,7 +25,7 @@ CONTEXT = 256
 TASKS = ("capital", "rhyme")
 
 
-def write_tiny_model(folder: Path, seed: int = 0) -> None:
+def write_tiny_model(folder: Path, seed: int = 0, context: int = CONTEXT) -> None:
     """A random Llama whose tokens are bytes, in the files that `load_backbone` reads."""
     disable_progress_bar()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -44,7 +44,7 @@ def write_tiny_model(folder: Path, seed: int = 0) -> None:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         initializer_range=0.2,
         pad_token_id=0,
         bos_token_id=1,

@@ -149,10 +149,11 @@ def test_http_compares_tasks_with_no_adapter_and_with_the_engine_alone(
 
 
 def test_http_waits_for_a_cold_task_and_beside_a_long_prompt(
-    run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
+    run: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    where = [f"--backbone={tiny_model}", f"--cache-dir={tmp_path}"]
-    sizes = ["--streams=2", "--stream-tokens=200", "--long-tokens=100", "--arrival-s=0.2"]
+    write_tiny_model(tmp_path / "model", context=1024)  # streams that outlast the long prompt by far
+    where = [f"--backbone={tmp_path / 'model'}", f"--cache-dir={tmp_path}"]
+    sizes = ["--streams=2", "--stream-tokens=900", "--long-tokens=100", "--arrival-tokens=9"]
     results = run("bench_http.py", "cold", "long-prompt", *where, *HTTP_SIZES, *sizes)["results"]
     assert results["cold"]["cold"].keys() == {"cold_ms", "warm_ms", "extra_ms", "extra_p95_ms"}
     (ratio,) = results["long-prompt"].values()
