@@ -28,8 +28,8 @@ class Digits(Protocol):
         """
         ...
 
-    def join(self, products: Tensor, scales: Tensor, first: int, size: int) -> Tensor:
-        """Columns first … first+size-1 of the digits' products (2, N, D), with scales (N, 1) -> (N, size) in fp32."""
+    def join(self, products: Tensor, scales: Tensor) -> Tensor:
+        """The digits' products (2, N, D), with scales (N, 1) -> (N, D) in fp32."""
         ...
 
 
@@ -45,10 +45,9 @@ class TorchDigits:
         digits[1] = steps.sub_(first).mul_(BASE).round_()
         return digits.view(torch.uint8).bitwise_xor_(OFFSET), scales  # adds the offset
 
-    def join(self, products: Tensor, scales: Tensor, first: int, size: int) -> Tensor:
+    def join(self, products: Tensor, scales: Tensor) -> Tensor:
         """See `Digits`."""
-        columns = products[:, :, first : first + size]
-        return torch.add(columns[0], columns[1], alpha=1 / BASE).mul_(scales)
+        return torch.add(products[0], products[1], alpha=1 / BASE).mul_(scales)
 
 
 class CompiledDigits:
@@ -71,21 +70,12 @@ class CompiledDigits:
         )
         return digits, scales
 
-    def join(self, products: Tensor, scales: Tensor, first: int, size: int) -> Tensor:
+    def join(self, products: Tensor, scales: Tensor) -> Tensor:
         """See `Digits`; products contiguous."""
         _, rows, width = products.shape
-        y = torch.empty(rows, size)
-        self._join_rows(
-            self._kernels,
-            products.data_ptr(),
-            scales.data_ptr(),
-            rows,
-            width,
-            first,
-            size,
-            y.data_ptr(),
-            threads_for(rows * size),
-        )
+        y = torch.empty(rows, width)
+        threads = threads_for(y.numel())
+        self._join_rows(self._kernels, products.data_ptr(), scales.data_ptr(), rows, width, y.data_ptr(), threads)
         return y
 
 

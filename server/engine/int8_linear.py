@@ -11,7 +11,6 @@ Letters: N rows, d_in and d_out of one linear, D the sum of d_out over linears t
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -19,64 +18,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from server.adapters.adapted_linear import AdaptedLinear
-from server.engine.int8_digits import BASE, LARGEST, OFFSET, CompiledDigits, Digits, TorchDigits, to_steps
+from server.engine.int8_digits import LARGEST
+from server.engine.int8_product import Int8Weight, make_product, plain_product, quantise_weights
 from server.errors import InvalidInput
 from server.native.library import Library
-
-_BLOCK = 4096  # rows of a weight quantised at once, which bounds the memory that it takes
-
-
-@dataclass(frozen=True)
-class Int8Weight:
-    """A weight as `values * scales[:, None]`."""
-
-    values: Tensor  # (d_out, d_in) int8, -127 … 127
-    scales: Tensor  # (d_out,) fp32
-
-
-def quantise_weights(weights: Iterable[Tensor]) -> Int8Weight:
-    """Weights (d_out, d_in) of one d_in as one, below each other, with a scale for each output channel."""
-    blocks = [to_steps(block) for weight in weights for block in torch.split(weight.detach(), _BLOCK)]
-    return Int8Weight(
-        torch.cat([steps.round_().to(torch.int8) for steps, _ in blocks]),
-        torch.cat([scales[:, 0] for _, scales in blocks]),
-    )
-
-
-def plain_product(x: Tensor, weight: Int8Weight) -> Tensor:
-    """x (N, d_in) -> (N, d_out) in fp32, step by step in plain torch: what the 8-bit linears compute."""
-    digits, scales = TorchDigits().quantise(x)
-    sums = (digits.double() - OFFSET) @ weight.values.double().T  # (2, N, d_out) whole numbers, exact in this type
-    products = sums.float() * weight.scales
-    return (products[0] + products[1] / BASE) * scales
-
-
-class Int8Product:
-    """The same product by oneDNN, with the weight packed once in the processor's own layout."""
-
-    def __init__(self, weight: Int8Weight) -> None:
-        self._packed: Tensor = torch.ops.onednn.qlinear_prepack(weight.values, None)
-        self._scales = weight.scales
-        self._zero_points = torch.zeros(len(weight.scales), dtype=torch.int32)
-
-    def __call__(self, digits: Tensor) -> Tensor:
-        """Activations' digits (2, N, d_in), OFFSET more than they are -> their products (2, N, d_out)."""
-        product: Tensor = torch.ops.onednn.qlinear_pointwise(
-            digits.flatten(0, 1),
-            1.0,
-            OFFSET,
-            self._packed,
-            self._scales,
-            self._zero_points,
-            None,
-            1.0,
-            0,
-            torch.float32,
-            "none",
-            [],
-            "",
-        )
-        return product.view(2, digits.shape[1], len(self._scales))
 
 
 class SharedInput:
@@ -85,33 +30,26 @@ class SharedInput:
     The first call computes it, the others take their columns; it is forgotten when all were taken.
     """
 
-    def __init__(self, weights: Sequence[Tensor], digits: Digits) -> None:
+    def __init__(self, weights: Sequence[Tensor], library: Library | None) -> None:
         self.d_in = weights[0].shape[1]
         self.sizes = [len(w) for w in weights]
-        self._firsts = [sum(self.sizes[:place]) for place in range(len(weights))]
-        self._digits = digits
-        self._product = Int8Product(quantise_weights(weights))
+        self._product = make_product(quantise_weights(weights), library)
         self._x: Tensor | None = None
-        self._computed: tuple[Tensor, Tensor] | None = None  # the digits' products (2, N, D) and scales (N, 1) of _x
-        self._left: set[int] = set()  # places whose columns were not taken yet
+        self._columns: dict[int, Tensor] = {}  # of the product with _x, each (N, d_out), by those yet to be taken
 
     def product(self, x: Tensor) -> Tensor:
-        """x (N, d_in) -> all linears' columns (N, D) in fp32, without their biases."""
-        digits, scales = self._digits.quantise(x)
-        return self._digits.join(self._product(digits), scales, 0, sum(self.sizes))
+        """x (N, d_in) in fp32 -> all linears' columns (N, D) in fp32, without their biases."""
+        return self._product(x)
 
     def columns(self, place: int, x: Tensor) -> Tensor:
         """x (..., d_in) -> the part (..., d_out) of the linear at `place`, in a tensor of its own, without its bias."""
-        if self._x is not x or place not in self._left:
-            digits, scales = self._digits.quantise(x.reshape(-1, x.shape[-1]))
-            self._x, self._computed = x, (self._product(digits), scales)
-            self._left = set(range(len(self.sizes)))
-        assert self._computed is not None
-        y = self._digits.join(*self._computed, self._firsts[place], self.sizes[place])
-        self._left.remove(place)
-        if not self._left:
-            self._x = self._computed = None
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[1])
+        if self._x is not x or place not in self._columns:
+            y = self._product(x.reshape(-1, x.shape[-1]).float())
+            self._x, self._columns = x, dict(enumerate(torch.split(y, self.sizes, dim=1)))
+        y = self._columns.pop(place)
+        if not self._columns:
+            self._x = None
+        return y.to(x.dtype, copy=len(self.sizes) > 1).reshape(*x.shape[:-1], y.shape[1])
 
 
 class Int8Linear(nn.Module):
@@ -133,9 +71,9 @@ class Int8Linear(nn.Module):
         return y if self.bias is None else y.add_(self.bias)
 
 
-def int8_linears(linears: Sequence[nn.Linear | Conv1D], digits: Digits) -> list[Int8Linear]:
+def int8_linears(linears: Sequence[nn.Linear | Conv1D], library: Library | None) -> list[Int8Linear]:
     """8-bit linears that compute one product together; the given ones read the same input."""
-    shared = SharedInput([_weight(linear) for linear in linears], digits)
+    shared = SharedInput([_weight(linear) for linear in linears], library)
     return [Int8Linear(shared, place, linear.bias, linear.weight.dtype) for place, linear in enumerate(linears)]
 
 
@@ -144,37 +82,34 @@ def quantise_model(
 ) -> None:
     """Put 8-bit linears in the place of an injected model's linears, group by group, and of its output head.
 
-    The arithmetic around their products is the library's where one is given, else torch's.
-
-    The full weights are let go, except those that the input embedding shares. Raises InvalidInput where 8-bit
-    products cannot be computed exactly.
+    Their products are the library's where it has them, else torch's. The full weights are let go, except those that
+    the input embedding shares. Raises InvalidInput where 8-bit products cannot be computed exactly.
     """
-    check_int8_works(model.device)
-    digits = TorchDigits() if library is None else CompiledDigits(library)
+    check_int8_works(model.device, library)
     for group in input_groups:
         adapted = [_adapted(model, name) for name in group]
-        for linear, base in zip(adapted, int8_linears([_plain(a.base) for a in adapted], digits), strict=True):
+        for linear, base in zip(adapted, int8_linears([_plain(a.base) for a in adapted], library), strict=True):
             linear.base = base
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]  # transformers leaves it untyped
     if type(head) is nn.Linear:
-        model.set_output_embeddings(int8_linears([head], digits)[0])  # type: ignore[no-untyped-call]
+        model.set_output_embeddings(int8_linears([head], library)[0])  # type: ignore[no-untyped-call]
     # Weights loaded from a file may be parts of one mapping of it, which goes when none of them is left.
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
 
 
-def check_int8_works(device: torch.device) -> None:
+def check_int8_works(device: torch.device, library: Library | None) -> None:
     """Raise InvalidInput, with the remedy, where 8-bit products are missing or not exact."""
     remedy = "set MHR_QUANTIZATION=none"
     if device.type != "cpu":
         raise InvalidInput(f"int8 is computed on the CPU only, the device is {device}; {remedy}", param="quantization")
-    if not hasattr(torch.ops.onednn, "qlinear_pointwise") or not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
-        raise InvalidInput(f"this build of torch has no 8-bit products (oneDNN); {remedy}", param="quantization")
     # The largest numbers that occur: processors without 8-bit instructions for them saturate on the way.
-    weight = Int8Weight(torch.full((64, 64), LARGEST, dtype=torch.int8), torch.ones(64))
-    x, torchs = torch.ones(3, 64), TorchDigits()
-    digits, scales = torchs.quantise(x)
-    if not torch.equal(torchs.join(Int8Product(weight)(digits), scales, 0, 64), plain_product(x, weight)):
+    weight, x = Int8Weight(torch.full((64, 64), LARGEST, dtype=torch.int8), torch.ones(64)), torch.ones(3, 64)
+    try:
+        product = make_product(weight, library)
+    except NotImplementedError as error:
+        raise InvalidInput(f"{error}; {remedy}", param="quantization") from error
+    if not torch.allclose(product(x), plain_product(x, weight), rtol=1e-6):
         raise InvalidInput(f"this processor computes 8-bit products inexactly; {remedy}", param="quantization")
 
 

@@ -8,7 +8,13 @@
 #include <cstring>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
+#endif
+
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -48,6 +54,15 @@ struct Half {
     uint16_t bits;
 };
 
+// An 8-bit weight in the layout of tiles; `tile_product.py` has the same fields.
+struct Int8Weight {
+    const int8_t* pairs;     // (d_out / 32, d_in / 64, 2, 16, 16, 4), rounded up: pairs of 16 channels, 64 numbers each
+    const float* scales;     // (d_out,)
+    const int32_t* offsets;  // (d_out,) what the digits' own offset adds to the sums
+    int64_t d_in;
+    int64_t d_out;
+};
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MANY_INSTRUCTION_SETS
 #pragma GCC push_options
@@ -58,6 +73,15 @@ namespace avx512 {
 #undef VECTOR_BYTES
 }  // namespace avx512
 #pragma GCC pop_options
+#if defined(__linux__)
+#define TILES
+#pragma GCC push_options
+#pragma GCC target("arch=x86-64-v4,amx-tile,amx-int8")
+namespace avx512 {
+#include "tile_kernels.h"
+}  // namespace avx512
+#pragma GCC pop_options
+#endif
 #pragma GCC push_options
 #pragma GCC target("arch=x86-64-v3")
 namespace avx2 {
@@ -169,14 +193,48 @@ extern "C" void mhr_quantise_rows(const Kernels* kernels, const float* x, int64_
                               digits + (rows + row) * d, scales + row);
 }
 
-// Columns first … first+d-1 of products (2, rows, width), and scales (rows,) -> y (rows, d).
-extern "C" void mhr_join_rows(const Kernels* kernels, const float* products, const float* scales, int64_t rows,
-                              int64_t width, int64_t first, int64_t d, float* y, int threads) {
+// Products (2, rows, d) of both digits, and scales (rows,) -> y (rows, d).
+extern "C" void mhr_join_rows(const Kernels* kernels, const float* products, const float* scales, int64_t rows, int64_t d,
+                              float* y, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
-    for (int64_t row = 0; row < rows; ++row) {
-        const float* own = products + row * width + first;
-        kernels->join_row(own, own + rows * width, scales[row], d, y + row * d);
+    for (int64_t row = 0; row < rows; ++row)
+        kernels->join_row(products + row * d, products + (rows + row) * d, scales[row], d, y + row * d);
+}
+
+// Whether this processor has matrix tiles for 8-bit numbers, and the operating system lets us use them: it keeps them for
+// each thread, which is asked for once.
+extern "C" int mhr_has_tiles() {
+#if defined(TILES)
+    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;
+    constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
+    unsigned a, b, c, d;
+    if (!__builtin_cpu_supports("x86-64-v4") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d & kTiles) && (d & kInt8) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+#else
+    return 0;
+#endif
+}
+
+// x (rows, d_in) -> y (rows, d_out), the product with an 8-bit weight; only where there are tiles. `digits` (2, rows, d_in),
+// rounded up to whole tiles, scales (rows,) and room (threads, d_in) are to work in.
+extern "C" void mhr_int8_rows(const Kernels* kernels, const Int8Weight* weight, const float* x, int64_t rows, float* y,
+                              uint8_t* digits, float* scales, float* room, int threads) {
+#if defined(TILES)
+    using avx512::kPair, avx512::kTile, avx512::kTileBytes;
+    const int64_t d_in = weight->d_in, stride = (d_in + kTileBytes - 1) / kTileBytes * kTileBytes;
+    const int64_t second = (rows + kTile - 1) / kTile * kTile * stride;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int64_t row = 0; row < rows; ++row)
+            kernels->quantise_row(x + row * d_in, d_in, room + omp_get_thread_num() * d_in, digits + row * stride,
+                                  digits + second + row * stride, scales + row);
+        const int64_t pairs = (weight->d_out + kPair - 1) / kPair;
+        const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
+        avx512::multiply_pairs(*weight, pairs * thread / num_threads, pairs * (thread + 1) / num_threads, digits,
+                               scales, rows, y);
     }
+#endif
 }
 
 // states (rows, d), to which more (rows, d) is added first unless it is null -> their root mean square norm (rows, d).

@@ -14,13 +14,14 @@ from transformers.pytorch_utils import Conv1D
 from server.adapters.assembly import Adapter
 from server.adapters.injection import inject, linear_sizes
 from server.engine.config import EngineConfig
-from server.engine.int8_digits import OFFSET, CompiledDigits, Digits, TorchDigits
-from server.engine.int8_linear import (
-    Int8Linear,
+from server.engine.int8_digits import LARGEST, OFFSET, CompiledDigits, TorchDigits
+from server.engine.int8_linear import Int8Linear, check_int8_works, int8_linears
+from server.engine.int8_product import (
     Int8Product,
     Int8Weight,
-    check_int8_works,
-    int8_linears,
+    OneDnnProduct,
+    TileProduct,
+    make_product,
     plain_product,
     quantise_weights,
 )
@@ -30,8 +31,7 @@ from server.native.library import Library
 from tests.unit.engine.driver import CONTEXT, Driver, make_model, random_prompt, reference_tokens
 from tests.unit.native.libraries import INSTRUCTIONS, LIBRARIES
 
-ARITHMETIC: list[Digits] = [TorchDigits(), *map(CompiledDigits, LIBRARIES)]
-each_arithmetic = pytest.mark.parametrize("digits", ARITHMETIC, ids=["torch", *INSTRUCTIONS])
+each_arithmetic = pytest.mark.parametrize("library", [None, *LIBRARIES], ids=["torch", *INSTRUCTIONS])
 INT8 = EngineConfig(max_batch=8, max_context=CONTEXT, prefill_chunk=16, quantization="int8")
 
 
@@ -64,6 +64,13 @@ def plain_int8(model: PreTrainedModel, adapter: Adapter | None = None) -> PreTra
     return plain
 
 
+def every_product(weight: Int8Weight) -> list[Int8Product]:
+    """Each way that this machine has to compute the product."""
+    digits = [TorchDigits(), *map(CompiledDigits, LIBRARIES)]
+    tiles = [TileProduct(weight, library) for library in LIBRARIES if library.has_tiles]
+    return [*(OneDnnProduct(weight, each) for each in digits), *tiles]
+
+
 @settings(deadline=None, max_examples=30)
 @given(
     rows=st.integers(1, 40), d_in=st.integers(1, 130), d_out=st.integers(1, 130), size=st.sampled_from([1e-6, 1.0, 1e4])
@@ -72,10 +79,8 @@ def test_the_product_is_the_plain_one(rows: int, d_in: int, d_out: int, size: fl
     torch.manual_seed(rows + d_in)
     x, weight = size * torch.randn(rows, d_in), quantise_weights([torch.randn(d_out, d_in)])
     expected = plain_product(x, weight)
-    for arithmetic in ARITHMETIC:
-        digits, scales = arithmetic.quantise(x)
-        actual = arithmetic.join(Int8Product(weight)(digits), scales, 0, d_out)
-        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6 * expected.abs().max())
+    for product in every_product(weight):
+        torch.testing.assert_close(product(x), expected, rtol=1e-6, atol=1e-6 * expected.abs().max())
 
 
 def test_two_digits_of_an_activation_are_off_by_half_a_small_step_at_most() -> None:
@@ -98,9 +103,8 @@ def test_compiled_digits_are_those_of_torch(library: Library, rows: int, d: int)
     expected_digits, expected_scales = TorchDigits().quantise(x)
     assert torch.equal(digits, expected_digits)
     assert torch.equal(scales, expected_scales)
-    products = torch.randn(2, rows, d + 9)
-    joined = CompiledDigits(library).join(products, scales, 4, d)
-    torch.testing.assert_close(joined, TorchDigits().join(products, scales, 4, d))
+    products = torch.randn(2, rows, d)
+    torch.testing.assert_close(CompiledDigits(library).join(products, scales), TorchDigits().join(products, scales))
 
 
 def test_a_weight_is_off_by_half_a_step_at_most() -> None:
@@ -128,8 +132,8 @@ def test_a_large_weight_is_quantised_in_blocks_like_at_once() -> None:
 
 
 @each_arithmetic
-def test_a_rows_product_does_not_depend_on_its_neighbours(digits: Digits) -> None:
-    linear = int8_linears([nn.Linear(96, 70)], digits)[0]
+def test_a_rows_product_does_not_depend_on_its_neighbours(library: Library | None) -> None:
+    linear = int8_linears([nn.Linear(96, 70)], library)[0]
     x = torch.randn(33, 96) * torch.logspace(-3, 3, 33)[:, None]
     with torch.inference_mode():
         together = linear(x)
@@ -138,8 +142,8 @@ def test_a_rows_product_does_not_depend_on_its_neighbours(digits: Digits) -> Non
 
 
 @each_arithmetic
-def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_spoils_itself_alone(digits: Digits) -> None:
-    linear = int8_linears([nn.Linear(16, 8, bias=False)], digits)[0]
+def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_spoils_itself_alone(library: Library | None) -> None:
+    linear = int8_linears([nn.Linear(16, 8, bias=False)], library)[0]
     x = torch.randn(4, 16)
     x[0], x[1, 3], x[2, 5] = 0, float("nan"), float("inf")
     with torch.inference_mode():
@@ -151,9 +155,9 @@ def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_spoils_itself_alo
 
 
 @each_arithmetic
-def test_linears_of_one_input_share_a_product_and_can_be_called_in_any_order_and_twice(digits: Digits) -> None:
+def test_linears_of_one_input_share_a_product_and_can_be_called_in_any_order_and_twice(library: Library | None) -> None:
     plain = [nn.Linear(24, 10), nn.Linear(24, 6, bias=False), Conv1D(7, 24)]
-    linears = int8_linears(plain, digits)
+    linears = int8_linears(plain, library)
     x, other = torch.randn(1, 5, 24), torch.randn(1, 3, 24)
     with torch.inference_mode():
         expected = [PlainInt8(p, None, "")(x) for p in plain]
@@ -166,8 +170,8 @@ def test_linears_of_one_input_share_a_product_and_can_be_called_in_any_order_and
 
 
 @each_arithmetic
-def test_sixteen_bit_input_gives_sixteen_bit_output(digits: Digits) -> None:
-    linear = int8_linears([nn.Linear(24, 10, dtype=torch.bfloat16)], digits)[0]
+def test_sixteen_bit_input_gives_sixteen_bit_output(library: Library | None) -> None:
+    linear = int8_linears([nn.Linear(24, 10, dtype=torch.bfloat16)], library)[0]
     with torch.inference_mode():
         assert linear(torch.randn(3, 24, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert linear.weight.dtype == torch.bfloat16
@@ -219,29 +223,29 @@ def test_a_model_without_quantization_keeps_its_linears() -> None:
 
 def test_other_devices_are_refused() -> None:
     with pytest.raises(InvalidInput, match=r"int8 is computed on the CPU only.*cuda:0; set MHR_QUANTIZATION=none"):
-        check_int8_works(torch.device("cuda:0"))
+        check_int8_works(torch.device("cuda:0"), None)
 
 
 def test_a_torch_without_the_operator_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
-    with pytest.raises(InvalidInput, match="has no 8-bit products"):
-        check_int8_works(torch.device("cpu"))
+    with pytest.raises(InvalidInput, match=r"has no 8-bit products.*set MHR_QUANTIZATION=none"):
+        check_int8_works(torch.device("cpu"), None)
 
 
-def test_a_processor_that_saturates_on_the_way_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    exact = Int8Product.__call__
-
-    def saturating(self: Int8Product, digits: Tensor) -> Tensor:
-        return exact(self, digits).clamp(max=2**15 - 1)
-
-    monkeypatch.setattr(Int8Product, "__call__", saturating)
+@each_arithmetic
+def test_a_processor_that_saturates_on_the_way_is_refused(
+    library: Library | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    product = type(make_product(Int8Weight(torch.ones(1, 1, dtype=torch.int8), torch.ones(1)), library))
+    exact = product.__call__
+    monkeypatch.setattr(product, "__call__", lambda self, x: exact(self, x).clamp(max=(2**15 - 1) / LARGEST))
     with pytest.raises(InvalidInput, match="inexactly; set MHR_QUANTIZATION=none"):
-        check_int8_works(torch.device("cpu"))
+        check_int8_works(torch.device("cpu"), library)
 
 
-def test_weights_of_ones_and_largest_numbers_are_exact() -> None:
-    check_int8_works(torch.device("cpu"))
+@each_arithmetic
+def test_the_largest_numbers_are_exact(library: Library | None) -> None:
+    check_int8_works(torch.device("cpu"), library)
     weight = Int8Weight(torch.full((5, 1536), -127, dtype=torch.int8), torch.ones(5))
-    products = Int8Product(weight)(TorchDigits().quantise(torch.ones(3, 1536))[0])
-    assert torch.equal(products[0], torch.full((3, 5), -127.0 * 127 * 1536))
-    assert torch.equal(products[1], torch.zeros(3, 5))
+    for product in every_product(weight):
+        torch.testing.assert_close(product(torch.ones(3, 1536)), torch.full((3, 5), -127.0 * 1536), rtol=1e-6, atol=0)
