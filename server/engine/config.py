@@ -33,7 +33,7 @@ class EngineConfig:
     max_context: int = 2048  # tokens of one sequence, prompt and answer together
     max_queue: int = 1024  # requests waiting
     prefill_chunk: int = 256  # prompt tokens computed in one step, over all sequences
-    busy_prefill_chunk: int | None = 12  # while most sequences decode, before what the scheduler adds; None: no less
+    busy_prefill_chunk: int | None = 20  # while most sequences decode, before what the scheduler adds; None: no less
     prefix_cache_bytes: int = 512 * 2**20  # for prompt prefixes that were computed before; 0 keeps none
     adapter_slots: int | None = None  # resident adapters; None: one per sequence
     # Tasks with a merged copy of the weights; None: one, if that takes at most 1 GiB. int8 has none.

@@ -20,6 +20,8 @@ _PATIENCE = 2
 # each further prompt, since more are waiting.
 _MORE_PER_DECODE = 1
 _MORE_PER_PROMPT = 12
+# A prompt's token attends to those before it. Behind so many of them that takes as long as all the rest of it.
+_DOUBLE_DEPTH = 500
 
 
 class QueueFull(Unavailable):
@@ -137,7 +139,7 @@ class Scheduler:
         self._admit()
         decode = tuple(s for s in self._active.values() if s.status is Status.RUNNING)
         prefilling = [s for s in self._active.values() if s.status is Status.PREFILLING]
-        budget = self._prefill_budget(len(decode), len(prefilling))
+        budget = self._prefill_budget(len(decode), prefilling)
         return StepPlan(decode, tuple(self._share_budget(self._ready(prefilling), budget)))
 
     def advance(self, plan: StepPlan) -> None:
@@ -200,14 +202,16 @@ class Scheduler:
         self._num_waiting -= 1
         return sequence
 
-    def _prefill_budget(self, num_decode: int, num_prefilling: int) -> int:
-        """Prompt tokens of the next step. A step takes longer with every one, and all who decode wait for it; so they
-        are few, unless more wait for their first token than for their next."""
+    def _prefill_budget(self, num_decode: int, prefilling: list[Sequence]) -> int:
+        """Prompt tokens of the next step. A step takes longer with each, the more so the more tokens it attends to, and
+        all who decode wait for it; so they are few, unless more wait for their first token than for their next."""
         config = self._config
-        if config.busy_prefill_chunk is None or num_prefilling > num_decode:
+        if config.busy_prefill_chunk is None or not num_decode >= len(prefilling) > 0:
             return config.prefill_chunk
-        more = _MORE_PER_DECODE * num_decode + _MORE_PER_PROMPT * (num_prefilling - 1)
-        return min(config.prefill_chunk, config.busy_prefill_chunk + more)
+        more = _MORE_PER_DECODE * num_decode + _MORE_PER_PROMPT * (len(prefilling) - 1)
+        depth = sum(s.num_computed_tokens for s in prefilling) / len(prefilling)
+        tokens = (config.busy_prefill_chunk + more) / (1 + depth / _DOUBLE_DEPTH)
+        return min(config.prefill_chunk, max(1, round(tokens)))
 
     def _ready(self, prefilling: list[Sequence]) -> list[Sequence]:
         """The sequences that should compute now; those that have not begun know then what they need not compute."""

@@ -109,7 +109,20 @@ def test_prompts_compute_little_at_once_beside_sequences_that_decode() -> None:
     running(scheduler, 8)
     scheduler.add(make("long", 0, prompt=1500))
     plan = scheduler.schedule()
-    assert (len(plan.decode), plan.num_prefill_tokens) == (8, 12 + 8)
+    assert (len(plan.decode), plan.num_prefill_tokens) == (8, 20 + 8)
+
+
+def test_prompts_compute_less_the_more_they_attend_to() -> None:
+    scheduler = Scheduler(EngineConfig(max_batch=16, max_context=2048, prefill_chunk=256))
+    running(scheduler, 8)
+    scheduler.add(make("long", 0, prompt=1500))
+    tokens = []
+    while (plan := scheduler.schedule()).prefill:
+        tokens.append(plan.num_prefill_tokens)
+        advance(scheduler, plan)
+    assert sum(tokens) == 1500
+    assert tokens[:-1] == sorted(tokens[:-1], reverse=True)
+    assert tokens[-2] == round(28 / (1 + (1500 - tokens[-1] - tokens[-2]) / 500))
 
 
 def test_prompts_compute_all_they_may_while_they_are_the_majority() -> None:
@@ -117,7 +130,7 @@ def test_prompts_compute_all_they_may_while_they_are_the_majority() -> None:
     running(scheduler, 3)
     for number in range(3):
         scheduler.add(make("long", number, prompt=1500))
-    assert scheduler.schedule().num_prefill_tokens == 12 + 3 + 12 * 2
+    assert scheduler.schedule().num_prefill_tokens == 20 + 3 + 12 * 2
     scheduler.add(make("long", 3, prompt=1500))
     assert scheduler.schedule().num_prefill_tokens == 256
 
