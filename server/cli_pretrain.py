@@ -46,7 +46,7 @@ def pretrain(
     rank: Annotated[int, typer.Option(min=1, help="r")] = 4,
     alpha: Annotated[float, typer.Option(help="Scale of an adapter times its rank")] = 16.0,
     optimizer: Annotated[str, typer.Option(help="adamw or adafactor")] = "adamw",
-    adapter_lr: Annotated[float, typer.Option(help="Peak learning rate of the skills")] = 2e-3,
+    adapter_lr: Annotated[float, typer.Option(help="Peak learning rate of the skills")] = 1e-3,
     routing_lr: Annotated[float, typer.Option(help="Peak learning rate of the routing")] = 0.1,
     noise: Annotated[bool, typer.Option("--noise", help="Draw routing weights from a relaxed Bernoulli")] = False,
     task_sampling: Annotated[str, typer.Option(help="proportional, uniform or temperature")] = "proportional",

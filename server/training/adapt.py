@@ -70,10 +70,13 @@ class Method(StrEnum):
             )
 
 
-# A fresh LoRA begins with B = 0 and small numbers in A. Where both are trained, steps of one size change what they
-# compute several times as much; docs/results.md has the comparison.
+# Learning rates; docs/results.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
+# are trained, steps of one size change what they compute several times as much.
 _LORA_LR = 3e-3
 _TRAINED_LR = 1e-3
+# Routing that is all there is to learn has far to go; beside skills that learn it loses what it began with.
+_ROUTING_ALONE_LR = 0.3
+_ROUTING_LR = 0.03
 
 
 class Hyperparameters(BaseModel):
@@ -89,7 +92,12 @@ class Hyperparameters(BaseModel):
         le=1,
         description="peak learning rate of skills and adapters; 0.003 for a `lora`, 0.001 for what begins trained",
     )
-    routing_lr: float = Field(default=0.3, gt=0, le=10, description="peak learning rate of routing logits")
+    routing_lr: float | None = Field(
+        default=None,
+        gt=0,
+        le=10,
+        description="peak learning rate of routing logits; 0.3 where nothing else is learnt, 0.03 beside skills",
+    )
     warmup: float = Field(default=0.06, ge=0, le=1, description="fraction of the steps that the learning rate rises")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
     clip_norm: float = Field(default=1.0, gt=0, description="largest norm of the gradient")
@@ -100,10 +108,12 @@ class Hyperparameters(BaseModel):
     alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
 
     def resolved(self, method: Method) -> Hyperparameters:
-        """With the method's default in the place of what was left out."""
-        if self.adapter_lr is not None:
-            return self
-        return self.model_copy(update={"adapter_lr": _LORA_LR if method is Method.LORA else _TRAINED_LR})
+        """With the method's defaults in the place of what was left out."""
+        defaults = {
+            "adapter_lr": _LORA_LR if method is Method.LORA else _TRAINED_LR,
+            "routing_lr": _ROUTING_ALONE_LR if method.routing_alone else _ROUTING_LR,
+        }
+        return self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
 
 
 @dataclass(frozen=True)
@@ -332,6 +342,7 @@ def _validate_served(trainer: Trainer, served: Served | None, spec: AdaptSpec, b
 def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
     settings = spec.hyperparameters.resolved(spec.method)
     assert settings.adapter_lr is not None
+    assert settings.routing_lr is not None
     return TrainerConfig(
         steps=settings.steps,
         adapter_lr=settings.adapter_lr,
