@@ -29,5 +29,8 @@ class Validation:
 
 
 def chance(accuracy: float, examples: int) -> float:
-    """Half a standard error of an accuracy seen on so many examples: less of a difference says nothing."""
-    return 0.5 * math.sqrt(max(accuracy * (1.0 - accuracy), _FEWEST_ERRORS) / examples)
+    """One standard error of an accuracy seen on so many examples: less of a difference says nothing.
+
+    Source: Breiman et al. 1984, Classification and Regression Trees, section 3.4.3 (the 1 SE rule).
+    """
+    return math.sqrt(max(accuracy * (1.0 - accuracy), _FEWEST_ERRORS) / examples)
