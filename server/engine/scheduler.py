@@ -206,7 +206,7 @@ class Scheduler:
         """Prompt tokens of the next step. A step takes longer with each, the more so the more tokens it attends to, and
         all who decode wait for it; so they are few, unless more wait for their first token than for their next."""
         config = self._config
-        if config.busy_prefill_chunk is None or not num_decode >= len(prefilling) > 0:
+        if config.busy_prefill_chunk is None or not prefilling or len(prefilling) > num_decode:
             return config.prefill_chunk
         more = _MORE_PER_DECODE * num_decode + _MORE_PER_PROMPT * (len(prefilling) - 1)
         depth = sum(s.num_computed_tokens for s in prefilling) / len(prefilling)

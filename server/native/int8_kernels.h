@@ -1,5 +1,5 @@
 // What stands before and behind an 8-bit product: activations into two digits, and the digits' products into one. The
-// letters and the numbers are those of server/engine/int8_linear.py, whose torch version gives the same digits.
+// letters and the numbers are those of server/engine/int8_digits.py, whose torch version gives the same digits.
 
 constexpr float kLargest = 127.0f;
 constexpr float kBase = 254.0f;

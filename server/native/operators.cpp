@@ -54,7 +54,7 @@ struct Half {
     uint16_t bits;
 };
 
-// An 8-bit weight in the layout of tiles; `tile_product.py` has the same fields.
+// An 8-bit weight in the layout of tiles; `int8_product.py` has the same fields.
 struct Int8Weight {
     const int8_t* pairs;     // (d_out / 32, d_in / 64, 2, 16, 16, 4), rounded up: pairs of 16 channels, 64 numbers each
     const float* scales;     // (d_out,)

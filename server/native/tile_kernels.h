@@ -1,5 +1,5 @@
 // Products with 8-bit weights by the matrix tiles of the processor (AMX): 16 rows of 64 bytes each. The numbers are those
-// of server/engine/int8_linear.py, whose plain product gives the same.
+// of server/engine/int8_product.py, whose plain product gives the same.
 
 constexpr int64_t kTile = 16;                           // rows of a tile, and columns of its sums
 constexpr int64_t kTileBytes = 64;                      // of a row of a tile
