@@ -80,14 +80,18 @@ def conditions() -> dict[str, Any]:
 
 
 def random_inventory(backbone: Backbone, *, tasks: int, skills: int, heads: int, rank: int, alpha: float) -> Inventory:
-    """An inventory of small random skills over all linears, and `tasks` random routings named task-0, task-1 …"""
+    """An inventory of small random skills over all linears, in bf16 as from a file, and `tasks` random routings named
+    task-0, task-1 …
+    """
     random = torch.Generator().manual_seed(0)
     sizes = linear_sizes(backbone.model)
     for linear, (d_in, d_out) in sizes.items():
         check_heads(linear, d_in, d_out, heads)
+    A = {n: torch.randn(heads, skills, i // heads, rank, generator=random) / i**0.5 for n, (i, _) in sizes.items()}
+    B = {n: 0.05 * torch.randn(heads, skills, rank, o // heads, generator=random) for n, (_, o) in sizes.items()}
     return Inventory(
-        A={n: torch.randn(heads, skills, i // heads, rank, generator=random) / i**0.5 for n, (i, _) in sizes.items()},
-        B={n: 0.05 * torch.randn(heads, skills, rank, o // heads, generator=random) for n, (_, o) in sizes.items()},
+        A={n: numbers.bfloat16() for n, numbers in A.items()},
+        B={n: numbers.bfloat16() for n, numbers in B.items()},
         alpha=alpha,
         backbone_fingerprint=backbone.fingerprint,
         backbone_name=backbone.name,

@@ -22,12 +22,21 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """What an adapter was assembled from."""
+
+    inventory: Inventory
+    weights: Tensor  # (L, h, K) of each skill
+
+
+@dataclass(frozen=True)
 class Adapter:
     """A plain LoRA over named linears, fp32, with the scaling not yet folded into B."""
 
     weights: Mapping[str, LowRank]
     alpha: float
     rank: int
+    mixture: Mixture | None = None  # that it equals
 
     @property
     def scaling(self) -> float:
@@ -35,7 +44,8 @@ class Adapter:
 
     @property
     def num_bytes(self) -> int:
-        return sum(w.A.nbytes + w.B.nbytes for w in self.weights.values())
+        mixture = 0 if self.mixture is None else self.mixture.weights.nbytes
+        return mixture + sum(w.A.nbytes + w.B.nbytes for w in self.weights.values())
 
 
 def mix(A: Tensor, B: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,7 +79,7 @@ def assemble(inventory: Inventory, logits: Tensor) -> Adapter:
         for place, linear in enumerate(group.linears):
             assembled[linear] = LowRank(A[0, place], B[0, place])
     in_order = {linear: assembled[linear] for linear in inventory.linears}
-    return Adapter(weights=in_order, alpha=inventory.alpha, rank=inventory.rank)
+    return Adapter(in_order, alpha=inventory.alpha, rank=inventory.rank, mixture=Mixture(inventory, weights))
 
 
 def mean_adapter(inventory: Inventory) -> Adapter:

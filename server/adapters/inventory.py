@@ -121,12 +121,13 @@ class Inventory:
             B=torch.stack([self.B[linear].float() for linear in linears]),
         )
 
-    def to_bytes(self, dtype: torch.dtype = torch.float16) -> bytes:
-        """The inventory as one safetensors document, tensors cast to `dtype`."""
+    def to_bytes(self, dtype: torch.dtype = torch.bfloat16) -> bytes:
+        """The inventory as one safetensors document, its skills cast to `dtype`, routings at least in fp16."""
         tensors = {f"{linear}.A": t.to(dtype) for linear, t in self.A.items()}
         tensors |= {f"{linear}.B": t.to(dtype) for linear, t in self.B.items()}
         if self.routings:
-            tensors["routing"] = torch.stack([t.to(dtype) for t in self.routings.values()])
+            precise = torch.float16 if dtype == torch.bfloat16 else dtype
+            tensors["routing"] = torch.stack([t.to(precise) for t in self.routings.values()])
         document = {
             "alpha": self.alpha,
             "backbone_fingerprint": self.backbone_fingerprint,

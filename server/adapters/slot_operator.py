@@ -6,17 +6,15 @@ Without it torch computes the same (`server.adapters.slot_mix`).
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from server.adapters.adapted_linear import AddedMix
 from server.native.library import Library
 
 TABLE_DTYPES = (torch.float32, torch.float16)
 NO_SLOT = -1  # of a row without an adapter
-_ROWS = 4  # at once
+ROWS_AT_ONCE = 4  # of one slot
 
 
 class LinearTables(ctypes.Structure):
@@ -63,7 +61,7 @@ class SlotOperator:
         """Add to the first rows of y (…, N, D), in place, what the adapters in `slots` (rows,) make of those of
         x (…, N, d_in), leaving rows with NO_SLOT alone; on CPU, in fp32 and int64, the numbers of a row side by side.
 
-        `room` is for 4 times the rank numbers a thread.
+        `room` is (threads, ROWS_AT_ONCE, the largest rank).
         """
         assert x.is_contiguous()
         assert y.stride(-1) == 1
@@ -79,40 +77,3 @@ class SlotOperator:
             room.data_ptr(),
             threads,
         )
-
-
-class OperatorMix(AddedMix):
-    """The mix over slots for flattened rows, by the compiled operator: one-token rows, and those of prompts.
-
-    Rows with NO_SLOT are left exactly as the backbone computed them.
-    """
-
-    def __init__(
-        self,
-        operator: SlotOperator,
-        linears: Mapping[str, GroupTables],
-        groups: Mapping[tuple[str, ...], GroupTables],
-        rank: int,
-        slots: Sequence[int],
-    ) -> None:
-        self._operator = operator
-        self._linears = linears
-        self._groups = groups
-        self._slots = torch.tensor(slots)
-        self._threads = min(torch.get_num_threads(), len(slots))
-        self._room = torch.empty(self._threads, _ROWS, rank)
-
-    def add(self, linear: str, x: Tensor, y: Tensor) -> Tensor:
-        """y (1, N, d_out) plus each row's (x A) B, in place where y is contiguous, with x (1, N, d_in); in fp32."""
-        tables = self._linears.get(linear)
-        if tables is None:
-            return y
-        y = y.contiguous()
-        self._operator.add_rows(tables, x.contiguous(), y, self._slots, self._room, self._threads)
-        return y
-
-    def add_group(self, linears: tuple[str, ...], x: Tensor, y: Tensor) -> None:
-        """Add to y (N, D), in place, for linears that read the same input x (N, d_in), their outputs side by side."""
-        tables = self._groups.get(linears)
-        if tables is not None:
-            self._operator.add_rows(tables, x, y, self._slots, self._room, self._threads)

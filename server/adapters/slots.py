@@ -14,8 +14,10 @@ from torch import Tensor
 
 from server.adapters.adapted_linear import AddedMix
 from server.adapters.assembly import Adapter
+from server.adapters.mixture_slots import MixtureSlots, SkillRows
+from server.adapters.operator_mix import OperatorMix
 from server.adapters.slot_mix import Segment, SlotMix, TorchRows, slots_of_rows
-from server.adapters.slot_operator import GroupTables, OperatorMix, SlotOperator
+from server.adapters.slot_operator import GroupTables, SlotOperator
 from server.adapters.slot_tables import LinearTable, describe_groups, describe_linears, make_tables
 from server.errors import AdapterUnavailable
 from server.memory import lazy_zeros
@@ -25,7 +27,7 @@ class AdapterSlots:
     """A fixed number of slots, each holding one adapter by key; shared, reference-counted, least recently used out.
 
     `linear_sizes` is {name: (d_in, d_out)}; `input_groups` names linears that read the same input tensor. `dtype` is
-    the tables'. With an `operator` rows must be on CPU in fp32, and tables of one of its types.
+    the tables'. With an `operator` rows must be on CPU in fp32, and tables of one of its types; `mixtures` needs one.
     """
 
     def __init__(
@@ -36,12 +38,15 @@ class AdapterSlots:
         device: torch.device | str = "cpu",
         input_groups: Iterable[Sequence[str]] = (),
         operator: SlotOperator | None = None,
+        mixtures: MixtureSlots | None = None,
     ) -> None:
         self.num_slots = num_slots
         self.dtype = dtype
         self.device = torch.device(device)
         self.rank = 0  # the largest seen; every table is padded to it
+        assert mixtures is None or operator is not None
         self._operator = operator
+        self._mixtures = mixtures
         self._tables = make_tables(linear_sizes, input_groups)
         self._linears: dict[str, GroupTables] = {}  # the same for the operator
         self._groups: dict[tuple[str, ...], GroupTables] = {}
@@ -75,7 +80,13 @@ class AdapterSlots:
             del self._references[key]
             self._idle[key] = None
 
-    def mix(self, decode_slots: Sequence[int], segments: Sequence[Segment]) -> SlotMix | OperatorMix | None:
+    def skill_rows(self, decode_slots: Sequence[int]) -> SkillRows | None:
+        """Of a step's one-token rows, which have these slots, those to be computed from an inventory's skills."""
+        return None if self._mixtures is None else self._mixtures.choose(decode_slots)
+
+    def mix(
+        self, decode_slots: Sequence[int], segments: Sequence[Segment], skill_rows: SkillRows | None = None
+    ) -> SlotMix | OperatorMix | None:
         """The mix of a step whose first rows are one-token rows of these slots, in ascending order, and whose
         segments lie behind them; all other rows have no adapter. None when no row has one.
         """
@@ -83,7 +94,7 @@ class AdapterSlots:
             return None
         if self._operator is not None:
             slots = slots_of_rows(decode_slots, segments)
-            return OperatorMix(self._operator, self._linears, self._groups, self.rank, slots)
+            return OperatorMix(self._operator, self._linears, self._groups, self.rank, slots, skill_rows)
         rows = TorchRows(self.rank, decode_slots, self.device) if decode_slots else None
         return SlotMix(self._tables, self.rank, rows, tuple(segments))
 
@@ -115,6 +126,8 @@ class AdapterSlots:
 
     def _load(self, slot: int, adapter: Adapter) -> None:
         """Copy the adapter into the slot; what it does not cover becomes zero."""
+        if self._mixtures is not None:
+            self._mixtures.load(slot, adapter.mixture)
         if adapter.rank > self.rank:
             self._widen(adapter.rank)
         self._allocate(adapter.weights)

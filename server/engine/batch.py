@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from server.adapters.operator_mix import OperatorMix
 from server.adapters.slot_mix import Segment, SlotMix
-from server.adapters.slot_operator import OperatorMix
 from server.adapters.slots import AdapterSlots
 from server.engine.config import Path
 from server.engine.merged import MergedMix
@@ -81,7 +81,6 @@ def build_batch(
 
     `merged` is the copy with the one adapter that all sequences have.
     """
-    path = choose_path(plan.sequences, merged is not None)
     decode = sorted(plan.decode, key=_adapter_order)
     tokens = [s.token_ids[s.num_computed_tokens] for s in decode]
     positions = [s.num_computed_tokens for s in decode]
@@ -91,6 +90,10 @@ def build_batch(
         positions += range(chunk.start, chunk.stop)
         first = _cache_row(chunk.sequence, chunk.start, max_context)
         cache_rows += range(first, first + chunk.stop - chunk.start)
+
+    adapter_slots = [s.adapter_slot for s in decode if s.adapter_slot is not None]
+    skill_rows = slots.skill_rows(adapter_slots)
+    path = choose_path(plan.sequences, has_merged=merged is not None, has_skill_rows=skill_rows is not None)
 
     prefill = _prefill_rows(plan.prefill, len(decode))
     by_slot = sorted(range(len(decode)), key=lambda row: _slot(decode[row]))
@@ -127,7 +130,7 @@ def build_batch(
         scored=tuple(c for c, _ in scored),
         score_targets=tuple(token for c, _ in scored for token in c.score_targets),
         path=path,
-        mix=_slot_mix(slots, decode, plan.prefill, prefill) if path == "slots" else merged,
+        mix=merged or slots.mix(adapter_slots, _adapter_segments(plan.prefill, prefill), skill_rows),
     )
 
 
@@ -153,16 +156,6 @@ def _prefill_rows(chunks: Iterable[PrefillChunk], first_row: int) -> tuple[Prefi
         rows.append(PrefillRows(_slot(chunk.sequence), first_row, stop, chunk.start))
         first_row = stop
     return tuple(rows)
-
-
-def _slot_mix(
-    slots: AdapterSlots,
-    decode: Iterable[RequestState],
-    chunks: Iterable[PrefillChunk],
-    rows: Iterable[PrefillRows],
-) -> SlotMix | OperatorMix | None:
-    in_decode = [s.adapter_slot for s in decode if s.adapter_slot is not None]
-    return slots.mix(in_decode, _adapter_segments(chunks, rows))
 
 
 def _adapter_segments(chunks: Iterable[PrefillChunk], rows: Iterable[PrefillRows]) -> list[Segment]:

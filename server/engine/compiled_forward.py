@@ -17,8 +17,8 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 
 from server.adapters.adapted_linear import AdaptedLinear
+from server.adapters.operator_mix import OperatorMix
 from server.adapters.slot_mix import SlotMix
-from server.adapters.slot_operator import OperatorMix
 from server.engine.attention import CachedAttention
 from server.engine.batch import Batch
 from server.engine.layer_operators import LayerOperators

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from server.adapters.adapted_linear import AdaptedLinear
-from server.adapters.slot_operator import OperatorMix
+from server.adapters.operator_mix import OperatorMix
 from server.engine.int8_linear import Int8Linear
 from server.engine.merged import MergedMix
 

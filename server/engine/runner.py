@@ -8,6 +8,8 @@ from transformers import PreTrainedModel
 
 from server.adapters.adapted_linear import AdaptedLinear, AdapterContext
 from server.adapters.injection import linear_sizes
+from server.adapters.mixture_slots import MixtureSlots
+from server.adapters.skill_operator import SkillOperator
 from server.adapters.slot_operator import SlotOperator
 from server.adapters.slots import AdapterSlots, InputGroupFinder
 from server.engine.attention import CachedAttention
@@ -29,6 +31,7 @@ from server.errors import InvalidInput
 from server.native.library import Library, load_library
 
 _SMALL_COPY_BYTES = 2**30  # a merged copy up to this size is kept unasked
+_LEAST_MIXTURES = {torch.float32: 8, torch.float16: 16}  # from which on slots of these numbers take longer
 _PROBE_LENGTH = 8
 _PROBE_TOLERANCE = {torch.float32: 2e-3, torch.float64: 1e-6}  # of the largest logit; other types below
 _PROBE_TOLERANCE_16_BIT = 5e-2
@@ -130,20 +133,29 @@ class Runner:
         operator = None if self._library is None else SlotOperator(self._library)
         if operator is not None and self._config.quantization == "int8":
             dtype = torch.float16  # half the memory to read, and rounded far less than the weights are
+        sizes = linear_sizes(self._model)
         return AdapterSlots(
-            linear_sizes(self._model),
+            sizes,
             self._config.num_adapter_slots,
             dtype=dtype,
             device=self._device,
             input_groups=groups,
             operator=operator,
+            mixtures=self._make_mixtures(sizes, dtype),
         )
+
+    def _make_mixtures(self, sizes: dict[str, tuple[int, int]], dtype: torch.dtype) -> MixtureSlots | None:
+        """For rows to be computed from an inventory's skills; `dtype` is that of the tables that this saves reading."""
+        if self._library is None or not self._library.has_tiles or self._config.adapter_path == "slots":
+            return None
+        least = 1 if self._config.adapter_path == "inventory" else _LEAST_MIXTURES[dtype]
+        return MixtureSlots(SkillOperator(self._library), sizes, self._config.num_adapter_slots, least)
 
     def _make_merged(self) -> MergedCopies:
         config = self._config
         linears = {m.linear: m.base for m in self._model.modules() if isinstance(m, AdaptedLinear)}
         copies = config.merged_tasks
-        if config.quantization == "int8" or config.adapter_path == "slots":
+        if config.quantization == "int8" or config.adapter_path in ("slots", "inventory"):
             copies = 0
         elif copies is None:
             copies = 1 if copy_bytes(linears) <= _SMALL_COPY_BYTES or config.adapter_path == "merged" else 0

@@ -25,6 +25,7 @@ _ARGUMENTS: dict[str, list[Any]] = {
     "mhr_quantise_rows": [_POINTER, _POINTER, _SIZE, _SIZE, *[_POINTER] * 3, _INT],
     "mhr_join_rows": [*[_POINTER] * 3, _SIZE, _SIZE, _POINTER, _INT],
     "mhr_int8_rows": [*[_POINTER] * 3, _SIZE, *[_POINTER] * 4, _INT],
+    "mhr_mix_rows": [*[_POINTER] * 3, _SIZE, _POINTER, _SIZE, _POINTER, _INT],
     "mhr_norm_rows": [*[_POINTER] * 4, _FLOAT, _SIZE, _SIZE, _POINTER, _INT],
     "mhr_rotate_rows": [_POINTER, _POINTER, _SIZE, _POINTER, _POINTER, *[_SIZE] * 3, _INT],
     "mhr_gate_rows": [_POINTER, _POINTER, _SIZE, _SIZE, _POINTER, _INT],
@@ -58,7 +59,8 @@ class Library:
             raise OSError(f"this processor has no {instructions}")
         self.instructions = found[0]
         self.kernels: int = kernels[found[0]]  # the first argument of every operator
-        self.has_tiles = self.instructions == "avx512" and bool(self._library.mhr_has_tiles())  # see `TileProduct`
+        # Matrix tiles, for 8-bit and bf16 numbers
+        self.has_tiles = self.instructions == "avx512" and bool(self._library.mhr_has_tiles())
 
     def operator(self, name: str) -> Any:
         """The C function of this name, with the types of its arguments."""

@@ -63,6 +63,27 @@ struct Int8Weight {
     int64_t d_out;
 };
 
+// One linear of an inventory in the layout of tiles; `skill_operator.py` has the same fields.
+struct SkillLinear {
+    const uint16_t* A;     // (heads, skills * rank / 16, d_in / heads / 32, 16, 16, 2), rounded up
+    const uint16_t* B;     // (heads, d_out / heads / 16, skills * rank / 32, 16, 16, 2), rounded up
+    const float* weights;  // (heads, skills) of slot 0
+    int64_t d_out;
+    int64_t column;        // where the linear's outputs begin in a row of y
+};
+
+// Linears of an inventory that read the same input; `skill_operator.py` has the same fields.
+struct Skills {
+    const SkillLinear* linears;
+    int64_t count;
+    int64_t heads;
+    int64_t skills;
+    int64_t rank;
+    int64_t d_in;
+    int64_t slot_stride;  // from the weights of one slot to those of the next
+    float scaling;
+};
+
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 #define MANY_INSTRUCTION_SETS
 #pragma GCC push_options
@@ -76,9 +97,10 @@ namespace avx512 {
 #if defined(__linux__)
 #define TILES
 #pragma GCC push_options
-#pragma GCC target("arch=x86-64-v4,amx-tile,amx-int8")
+#pragma GCC target("arch=x86-64-v4,amx-tile,amx-int8,amx-bf16,avx512bf16,prefer-vector-width=512")
 namespace avx512 {
 #include "tile_kernels.h"
+#include "skill_kernels.h"
 }  // namespace avx512
 #pragma GCC pop_options
 #endif
@@ -201,15 +223,16 @@ extern "C" void mhr_join_rows(const Kernels* kernels, const float* products, con
         kernels->join_row(products + row * d, products + (rows + row) * d, scales[row], d, y + row * d);
 }
 
-// Whether this processor has matrix tiles for 8-bit numbers, and the operating system lets us use them: it keeps them for
-// each thread, which is asked for once.
+// Whether this processor has matrix tiles for 8-bit and bf16 numbers, and the operating system lets us use them: it keeps
+// them for each thread, which is asked for once.
 extern "C" int mhr_has_tiles() {
 #if defined(TILES)
-    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;
+    constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kInt8 = 1u << 25;
     constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM and XFEATURE_XTILEDATA
     unsigned a, b, c, d;
-    if (!__builtin_cpu_supports("x86-64-v4") || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
-    return (d & kTiles) && (d & kInt8) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+    if (!__builtin_cpu_supports("x86-64-v4") || !__builtin_cpu_supports("avx512bf16")) return 0;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return 0;
+    return (d & kBf16) && (d & kTiles) && (d & kInt8) && syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
 #else
     return 0;
 #endif
@@ -260,4 +283,27 @@ extern "C" void mhr_gate_rows(const Kernels* kernels, const float* gate_up, int6
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1)
     for (int64_t row = 0; row < rows; ++row)
         kernels->gate_row(gate_up + 2 * row * d, gate_up + (2 * row + 1) * d, d, out + row * d);
+}
+
+// Adds to rows of y, `stride` numbers apart, what the mixtures of skills of their slots make of x (rows, d_in), with slots
+// (rows,), negative for rows to be left alone; only where there are tiles. `room` (count, heads, 32, 16) is to work in.
+extern "C" void mhr_mix_rows(const Skills* skills, const float* x, float* y, int64_t stride, const int64_t* slots,
+                             int64_t rows, float* room, int threads) {
+#if defined(TILES)
+    const int64_t units = skills->heads * skills->count;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+        const int64_t thread = omp_get_thread_num(), num_threads = omp_get_num_threads();
+        const int64_t first = units * thread / num_threads, last = units * (thread + 1) / num_threads;
+        avx512::open_tiles();
+        for (int64_t row = 0; row < rows; row += avx512::kRowsTogether) {
+            const int64_t count = rows - row < avx512::kRowsTogether ? rows - row : avx512::kRowsTogether;
+            avx512::shrink_skills(*skills, first, last, x + row * skills->d_in, slots + row, count, room);
+#pragma omp barrier
+            avx512::expand_skills(*skills, first, last, room, slots + row, count, y + row * stride, stride);
+#pragma omp barrier
+        }
+        avx512::close_tiles();
+    }
+#endif
 }

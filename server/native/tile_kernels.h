@@ -16,6 +16,9 @@ struct alignas(64) TileShapes {
     uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// GCC does not know that loading a tile reads memory: whatever was computed for it is to be written before.
+INLINE void write_out() { __asm__ volatile("" ::: "memory"); }
+
 struct alignas(64) Sums {
     int32_t numbers[2][2][kTile][kTile];  // of a digit, half of a pair, row and channel
 };
@@ -23,6 +26,7 @@ struct alignas(64) Sums {
 // The sums of 16 rows of both digits, `stride` bytes a row, with a pair of channels.
 INLINE void add_up(const uint8_t* first, const uint8_t* second, int64_t stride, const int8_t* weights, int64_t steps,
                    Sums* sums) {
+    write_out();
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -79,11 +83,18 @@ INLINE void multiply_pair(const Int8Weight& weight, int64_t channel, const uint8
     }
 }
 
+static void open_tiles() {
+    static constexpr TileShapes kShapes;
+    _tile_loadconfig(&kShapes);
+}
+
+// Or the operating system would keep the tiles for this thread whenever another one runs.
+static void close_tiles() { _tile_release(); }
+
 // The same for pairs first … last-1.
 static void multiply_pairs(const Int8Weight& weight, int64_t first, int64_t last, const uint8_t* digits,
                            const float* row_scales, int64_t rows, float* y) {
-    const TileShapes shapes;
-    _tile_loadconfig(&shapes);
+    open_tiles();
     for (int64_t pair = first; pair < last; ++pair) multiply_pair(weight, pair * kPair, digits, row_scales, rows, y);
-    _tile_release();  // or the operating system would keep them for this thread whenever another one runs
+    close_tiles();
 }

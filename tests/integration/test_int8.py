@@ -12,7 +12,7 @@ from server.adapters.assembly import Adapter, assemble
 from server.adapters.injection import inject
 from server.adapters.inventory import Inventory
 from server.backbone import BUNDLED_BACKBONE, Backbone, load_backbone
-from server.engine.config import EngineConfig
+from server.engine.config import AdapterPath, EngineConfig
 from server.engine.engine import Engine
 from server.engine.request import AdapterHandle, EngineRequest, SamplingParams, TokenOutput
 from server.engine.runner import Runner
@@ -33,7 +33,8 @@ def backbone(data_dir: Path) -> Backbone:
     return load_backbone(BUNDLED_BACKBONE, data_dir)
 
 
-def test_the_engines_tokens_are_the_quantised_models_own(backbone: Backbone) -> None:
+@pytest.mark.parametrize("path", ["slots", "inventory"])
+def test_the_engines_tokens_are_the_quantised_models_own(backbone: Backbone, path: AdapterPath) -> None:
     inventory = Inventory.from_bytes((BUNDLED_FOLDER / "smollm2-135m-mhr.safetensors").read_bytes())
     adapters = {task: assemble(inventory, inventory.routings[task]) for task in QUESTIONS}
     prompts = {
@@ -41,7 +42,7 @@ def test_the_engines_tokens_are_the_quantised_models_own(backbone: Backbone) -> 
         for task, text in QUESTIONS.items()
     }
     context = inject(backbone.model)
-    config = EngineConfig(max_batch=4, max_context=128, prefill_chunk=16, quantization="int8")
+    config = EngineConfig(max_batch=4, max_context=128, prefill_chunk=16, quantization="int8", adapter_path=path)
     engine = Engine(Runner(backbone.model, context, config), config, frozenset())
     sampling = SamplingParams(max_new_tokens=NEW_TOKENS, ignore_eos=True)
     for task, prompt in prompts.items():

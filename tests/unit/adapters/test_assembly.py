@@ -131,7 +131,7 @@ def test_adapter_knows_its_scaling_and_size(make_inventory: MakeInventory) -> No
     inventory = make_inventory(heads=2, skills=3, rank=4, alpha=6.0, sizes={"q": (4, 6), "o": (6, 2)})
     adapter = mean_adapter(inventory)
     assert (adapter.alpha, adapter.rank, adapter.scaling) == (6.0, 4, 1.5)
-    assert adapter.num_bytes == 4 * 4 * (4 + 6 + 6 + 2)
+    assert adapter.num_bytes == 4 * 4 * (4 + 6 + 6 + 2) + 4 * 2 * 2 * 3
 
 
 def test_routing_of_another_shape_is_refused(make_inventory: MakeInventory) -> None:

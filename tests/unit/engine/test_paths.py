@@ -21,7 +21,8 @@ def test_an_adapter_is_shared_when_every_row_has_it() -> None:
 
 
 def test_the_cheapest_exact_path_is_chosen() -> None:
-    assert choose_path(sequences(None, None), has_merged=False) == "bare"
-    assert choose_path(sequences("a", "a"), has_merged=True) == "merged"
-    assert choose_path(sequences("a", "a"), has_merged=False) == "slots"
-    assert choose_path(sequences("a", None), has_merged=False) == "slots"
+    assert choose_path(sequences(None, None), has_merged=False, has_skill_rows=False) == "bare"
+    assert choose_path(sequences("a", "a"), has_merged=True, has_skill_rows=False) == "merged"
+    assert choose_path(sequences("a", "a"), has_merged=True, has_skill_rows=True) == "merged"
+    assert choose_path(sequences("a", None), has_merged=False, has_skill_rows=False) == "slots"
+    assert choose_path(sequences("a", "b"), has_merged=False, has_skill_rows=True) == "inventory"
