@@ -1,4 +1,5 @@
-"""What 8-bit weights cost in quality: mean negative log-likelihood of real prompts and answers, fp32 beside int8.
+"""What 8-bit weights cost in quality, fp32 beside int8: mean negative log-likelihood of real prompts and answers, and
+ROUGE-L of the answers that the engine gives greedily.
 
 Both read the same instances of the tasks in a folder of Super-NaturalInstructions, rendered as in serving; once with
 the bare backbone and once with the bundled inventory's mean adapter. `answers` counts the answers' tokens alone.
@@ -11,6 +12,7 @@ import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from tempfile import gettempdir
 
 import torch
@@ -26,21 +28,26 @@ from server.adapters.slot_mix import Segment
 from server.adapters.slots import AdapterSlots
 from server.backbone import BUNDLED_BACKBONE, Backbone, load_backbone
 from server.engine.config import EngineConfig, Quantization
+from server.engine.engine import Engine
+from server.engine.request import AdapterHandle, EngineRequest, SamplingParams, TokenOutput
 from server.engine.runner import Runner
 from server.inventories import BUNDLED_FOLDER
 from server.training.examples import read_tasks
-from server.training.prompts import encode_answer, encode_prompt, render_prompt
+from server.training.prompts import encode_answer, encode_prompt, find_prompt_format, render_prompt
+from server.training.rouge import rouge_l
 
 # The types in which the engine keeps adapters, with its compiled operators.
 _TABLES: dict[Quantization, torch.dtype] = {"none": torch.float32, "int8": torch.float16}
+_NEW_TOKENS = 32
 
 
 @dataclass(frozen=True)
 class Text:
-    """A rendered prompt and its answer, as tokens."""
+    """A rendered prompt and its answer, as tokens; and all answers that are right."""
 
     prompt: tuple[int, ...]
     answer: tuple[int, ...]
+    outputs: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,14 @@ class Likelihood:
     likeliest: Tensor
 
 
+@dataclass(frozen=True)
+class Measured:
+    """Of one adapter under one number format; ROUGE-L in percent."""
+
+    likelihood: Likelihood
+    rouge_l: float
+
+
 def main() -> None:
     options = parse_options()
     if options.data is None:
@@ -59,16 +74,21 @@ def main() -> None:
         return
     about = conditions()
     inventory = Inventory.from_bytes((BUNDLED_FOLDER / "smollm2-135m-mhr.safetensors").read_bytes())
-    measured: dict[tuple[str, Quantization], Likelihood] = {}
+    measured: dict[tuple[str, Quantization], Measured] = {}
     num_tokens = 0
     for quantization in ("none", "int8"):
         backbone = load_backbone(BUNDLED_BACKBONE, options.cache_dir)
         texts = read_texts(backbone, inventory.prompt_format, options)
         num_tokens = sum(len(text.prompt) + len(text.answer) for text in texts)
         context = inject(backbone.model)
-        Runner(backbone.model, context, EngineConfig(max_batch=1, quantization=quantization, merged_tasks=0))
+        config = EngineConfig(quantization=quantization, merged_tasks=0)
+        engine = Engine(Runner(backbone.model, context, config), config, backbone.eos_token_ids)
         for name, adapter in (("none", None), ("mean", mean_adapter(inventory))):
-            measured[name, quantization] = measure(backbone, context, adapter, _TABLES[quantization], texts)
+            likelihood = measure(backbone, context, adapter, _TABLES[quantization], texts)
+            end_mark = find_prompt_format(inventory.prompt_format).next_pair
+            answers = [answer.partition(end_mark)[0] for answer in generate(backbone, engine, adapter, texts)]
+            scores = [100 * rouge_l(answer, text.outputs) for answer, text in zip(answers, texts, strict=True)]
+            measured[name, quantization] = Measured(likelihood, mean(scores))
     results = {adapter: compare(measured[adapter, "none"], measured[adapter, "int8"]) for adapter in ("none", "mean")}
     print_table(
         f"{options.per_task} instances of each task in {options.data}, {num_tokens} tokens",
@@ -96,6 +116,7 @@ def read_texts(backbone: Backbone, prompt_format: str, options: argparse.Namespa
         Text(
             tuple(encode_prompt(backbone.tokenizer, render_prompt(prompt_format, task.instruction, example.input))),
             tuple(encode_answer(backbone.tokenizer, example.outputs[0])),
+            tuple(example.outputs),
         )
         for task in read_tasks(options.data)
         for example in task.examples[: options.per_task]
@@ -124,7 +145,22 @@ def measure(
     return Likelihood(torch.cat(every).mean().item(), torch.cat(answers).mean().item(), torch.cat(likeliest))
 
 
-def compare(full: Likelihood, int8: Likelihood) -> dict[str, float]:
+def generate(backbone: Backbone, engine: Engine, adapter: Adapter | None, texts: list[Text]) -> list[str]:
+    """The engine's greedy answers."""
+    handle = None if adapter is None else AdapterHandle("mean", adapter)
+    sampling = SamplingParams(max_new_tokens=_NEW_TOKENS)
+    for number, text in enumerate(texts):
+        engine.add(EngineRequest(str(number), "t", text.prompt, sampling, handle))
+    tokens: dict[str, list[int]] = {str(number): [] for number in range(len(texts))}
+    while engine.has_work:
+        for output in engine.step()[0]:
+            if isinstance(output, TokenOutput):
+                tokens[output.request_id].append(output.token_id)
+    return [backbone.tokenizer.decode(own, skip_special_tokens=True) for own in tokens.values()]
+
+
+def compare(full_scores: Measured, int8_scores: Measured) -> dict[str, float]:
+    full, int8 = full_scores.likelihood, int8_scores.likelihood
     return {
         "fp32, all": full.all,
         "int8, all": int8.all,
@@ -133,6 +169,8 @@ def compare(full: Likelihood, int8: Likelihood) -> dict[str, float]:
         "int8, answers": int8.answers,
         "answers' perplexity ratio": math.exp(int8.answers - full.answers),
         "same likeliest token": (full.likeliest == int8.likeliest).float().mean().item(),
+        "fp32, ROUGE-L": full_scores.rouge_l,
+        "int8, ROUGE-L": int8_scores.rouge_l,
     }
 
 
