@@ -13,7 +13,7 @@ from torch import Tensor
 
 from server.adapters.assembly import Mixture
 from server.adapters.inventory import Inventory
-from server.adapters.skill_operator import SkillOperator, Skills, SkillTiles, in_tiles
+from server.adapters.skill_operator import SkillOperator, Skills, SkillTiles, fits_tiles
 from server.adapters.slot_operator import NO_SLOT
 
 
@@ -37,7 +37,7 @@ class MixtureSlots:
     def load(self, slot: int, mixture: Mixture | None) -> None:
         """A slot has a new adapter, which is this mixture; None when it is none."""
         self._inventory_of.pop(slot, None)
-        if mixture is not None and in_tiles(mixture.inventory):
+        if mixture is not None and fits_tiles(mixture.inventory):
             resident = self._inventories.get(id(mixture.inventory)) or self._bring(mixture.inventory)
             resident.weights[slot] = mixture.weights
             self._inventory_of[slot] = resident

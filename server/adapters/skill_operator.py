@@ -56,10 +56,10 @@ class Skills(ctypes.Structure):
 
 
 class SkillTiles:
-    """An inventory in the layout of tiles. Raises ValueError for one that is not `in_tiles`."""
+    """An inventory in the layout of tiles. Raises ValueError for one that does not fit (`fits_tiles`)."""
 
     def __init__(self, inventory: Inventory) -> None:
-        if not in_tiles(inventory):
+        if not fits_tiles(inventory):
             raise ValueError("this inventory's numbers or sizes do not suit the tiles")
         self._inventory = inventory
         self._sizes = inventory.linear_sizes
@@ -100,7 +100,7 @@ class SkillTiles:
         )
 
 
-def in_tiles(inventory: Inventory) -> bool:
+def fits_tiles(inventory: Inventory) -> bool:
     """Whether its numbers are bf16, and its sizes those that the operator was made for."""
     numbers = {tensor.dtype for tensor in (*inventory.A.values(), *inventory.B.values())}
     return (

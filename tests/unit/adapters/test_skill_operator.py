@@ -12,7 +12,7 @@ from torch import Tensor
 from server.adapters.assembly import assemble
 from server.adapters.inventory import Inventory
 from server.adapters.routing import routing_weights
-from server.adapters.skill_operator import SkillOperator, SkillTiles, in_tiles
+from server.adapters.skill_operator import SkillOperator, SkillTiles, fits_tiles
 from server.adapters.slot_operator import NO_SLOT
 from server.native.library import load_library
 from tests.unit.adapters.conftest import MakeInventory
@@ -116,11 +116,11 @@ def test_linears_that_the_inventory_lacks_are_left_alone(make_inventory: MakeInv
 
 def test_only_suitable_inventories_go_into_tiles(make_inventory: MakeInventory) -> None:
     inventory = make_inventory(heads=2, skills=4, rank=4)
-    assert in_tiles(in_bf16(inventory))
-    assert not in_tiles(inventory)
+    assert fits_tiles(in_bf16(inventory))
+    assert not fits_tiles(inventory)
     one_left = in_bf16(inventory)
-    assert not in_tiles(replace(one_left, B={**one_left.B, "a.q": inventory.B["a.q"]}))
+    assert not fits_tiles(replace(one_left, B={**one_left.B, "a.q": inventory.B["a.q"]}))
     for unsuitable in ({"rank": 3}, {"rank": 32}, {"skills": 17}, {"sizes": {"q": (2050, 2)}}):
-        assert not in_tiles(in_bf16(make_inventory(**{"heads": 2, "skills": 4, "rank": 4} | unsuitable)))
+        assert not fits_tiles(in_bf16(make_inventory(**{"heads": 2, "skills": 4, "rank": 4} | unsuitable)))
     with pytest.raises(ValueError, match="do not suit"):
         SkillTiles(inventory)
