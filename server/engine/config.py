@@ -39,8 +39,8 @@ class EngineConfig:
     # Tasks with a merged copy of the weights; None: one, if that takes at most 1 GiB. int8 has none.
     merged_tasks: int | None = None
     merge_after_steps: int = 32  # consecutive steps that a task must have had the batch to itself
-    # For tests and benchmarks: "slots" takes no other way, "inventory" takes that one for a single row already, and
-    # "merged" waits for the copy at a task's first step alone.
+    # For tests and benchmarks: "slots" takes no other way, "inventory" takes that one for a single row already, where
+    # processor and inventory allow it, and "merged" waits for the copy at a task's first step alone.
     adapter_path: AdapterPath = "auto"
     threads: int | None = None  # of the computation on CPU; None: torch's own choice
     quantization: Quantization = "none"  # of the model's linears and its head, on CPU

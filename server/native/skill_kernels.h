@@ -62,7 +62,8 @@ struct Tiles {
     int64_t numbers() const { return columns * steps * kTile * kDepth; }
 };
 
-// Brings tiles nearer, some of them for each row of others: a processor waits when it is asked for many at once.
+// Brings tiles nearer while others are worked on, an even part of them each of the `times` that `go_on` is called: a
+// processor waits when it is asked for many at once.
 class Fetch {
   public:
     Fetch(const Tiles& tiles, int64_t times)
@@ -75,7 +76,7 @@ class Fetch {
   private:
     const uint16_t* line_;
     const uint16_t* end_;
-    int64_t each_;
+    int64_t each_;  // lines at a time
 };
 
 // Adds to the sums in one tile, with another for the skills; the instructions want their numbers as they are.
@@ -138,7 +139,9 @@ struct Owners {
         }
     }
 
-    __attribute__((always_inline)) __m512 load(const float* weights) const { return _mm512_maskz_loadu_ps(skills, weights); }
+    __attribute__((always_inline)) __m512 load(const float* weights) const {
+        return _mm512_maskz_loadu_ps(skills, weights);
+    }
     __attribute__((always_inline)) __m512 spread(__m512 weights, int64_t tile) const {
         return _mm512_permutexvar_ps(of[tile], weights);
     }
@@ -151,7 +154,8 @@ INLINE const float* weights_of(const SkillLinear& linear, const Skills& skills, 
 // What one head's inputs (2, steps) of up to 16 rows give with each skill of a linear, mixed by the rows' weights ->
 // mixed (rows, 16), of which the numbers `rank` apart are yet to be added.
 INLINE void shrink_tile(const Skills& skills, const SkillLinear& linear, const Owners& owners, int64_t head,
-                        const Tile* inputs, const Tiles& A, const int64_t* slots, int64_t rows, Fetch& next, float* mixed) {
+                        const Tile* inputs, const Tiles& A, const int64_t* slots, int64_t rows, Fetch& next,
+                        float* mixed) {
     TileSums sums[kColumns];
     for (int64_t tile = 0; tile < A.columns; tile += kColumns) {
         const int64_t count = A.columns - tile < kColumns ? A.columns - tile : kColumns;
@@ -177,7 +181,8 @@ static void shrink_skills(const Skills& skills, int64_t first, int64_t last, con
     for (int64_t unit = first; unit < last; ++unit) {
         const int64_t head = unit / skills.count, linear = unit % skills.count;
         const Tiles A = shrinking(skills, unit);
-        Fetch next(unit + 1 < last ? shrinking(skills, unit + 1) : expanding(skills, first), tiles_for(rows, kTile) * A.columns * A.steps + rows);
+        Fetch next(unit + 1 < last ? shrinking(skills, unit + 1) : expanding(skills, first),
+                   tiles_for(rows, kTile) * A.columns * A.steps + rows);
         for (int64_t row = 0; row < rows; row += kTile) {
             const int64_t count = rows - row < kTile ? rows - row : kTile;
             Tile* own = inputs[row / kTile];
@@ -248,7 +253,8 @@ static void expand_skills(const Skills& skills, int64_t first, int64_t last, con
         const SkillLinear& linear = skills.linears[unit / skills.heads];
         const int64_t width = linear.d_out / skills.heads;
         const Tiles B = expanding(skills, unit);
-        Fetch next(unit + 1 < last ? expanding(skills, unit + 1) : Tiles{}, tiles_for(rows, kTile) * B.columns * B.steps + 2 * rows);
+        Fetch next(unit + 1 < last ? expanding(skills, unit + 1) : Tiles{},
+                   tiles_for(rows, kTile) * B.columns * B.steps + 2 * rows);
         if (unit == first || head == 0)
             for (int64_t row = 0; row < rows; ++row)
                 if (slots[row] >= 0)
