@@ -43,6 +43,10 @@ def pretrain(
     accumulate: Annotated[int, typer.Option(min=1, help="Batches a step")] = 1,
     skills: Annotated[int | None, typer.Option(min=1, help="K, adapters in the inventory  [default: 8]")] = None,
     heads: Annotated[int | None, typer.Option(min=1, help="h; 1 is Poly, more is MHR  [default: 8]")] = None,
+    spread: Annotated[
+        float | None,
+        typer.Option(help="How far learnt skills are moved from their mean before they are saved  [default: 8]"),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="r")] = 4,
     alpha: Annotated[float, typer.Option(help="Scale of an adapter times its rank")] = 16.0,
     optimizer: Annotated[str, typer.Option(help="adamw or adafactor")] = "adamw",
@@ -74,10 +78,11 @@ def pretrain(
     from server.training.pretrain_config import PretrainConfig, PretrainMethod, choose_layout
     from server.training.trainer import TrainerConfig
 
+    named = None if method is None else _named(PretrainMethod, method, "method")
     config = PretrainConfig(
         data=data,
         out=out,
-        layout=choose_layout(None if method is None else _named(PretrainMethod, method, "method"), heads, skills),
+        layout=choose_layout(named, heads, skills, spread),
         rank=rank,
         alpha=alpha,
         batch_size=batch_size,

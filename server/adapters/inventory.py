@@ -59,6 +59,7 @@ class Inventory:
     routings: Mapping[str, Tensor] = field(default_factory=dict)
     tasks: Mapping[str, InventoryTask] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)  # how it was made, for the card
+    spread: float = 1.0  # how many times as far from their mean the skills were moved (server/adapters/spread.py)
 
     def __post_init__(self) -> None:
         if not self.A or list(self.A) != list(self.B):
@@ -137,6 +138,7 @@ class Inventory:
             "routed_tasks": list(self.routings),
             "tasks": {task: asdict(about) for task, about in self.tasks.items()},
             "training": dict(self.training),
+            "spread": self.spread,
         }
         return write_document(FORMAT, document, tensors)
 
@@ -156,6 +158,7 @@ class Inventory:
                 routings={task: tensors["routing"][row] for row, task in enumerate(document["routed_tasks"])},
                 tasks={task: InventoryTask(**about) for task, about in document["tasks"].items()},
                 training=dict(document["training"]),
+                spread=float(document.get("spread", 1.0)),
             )
         except (KeyError, TypeError, IndexError, ValueError, AttributeError) as error:
             raise InvalidInput(f"the inventory file is incomplete: {error} is missing or malformed") from error

@@ -18,6 +18,15 @@ def routing_weights(logits: Tensor) -> Tensor:
     return _normalise(torch.sigmoid(logits))
 
 
+def routing_logits(weights: Tensor) -> Tensor:
+    """Logits (..., K) whose `routing_weights` are the given weights (..., K); 0 where all are 1/K.
+
+    Only the ratios of sigmoids matter: the largest is put at m / (m + 1/K), where m is the largest weight.
+    """
+    largest = weights.amax(dim=-1, keepdim=True)
+    return torch.logit(weights / (largest + 1 / weights.shape[-1]))
+
+
 def sample_routing_weights(logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """Noisy mixing weights (..., K): one draw of RelaxedBernoulli(temperature 1, logits), normalised.
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from server.adapters.inventory import Inventory
 from server.adapters.routing import routing_weights
+from server.adapters.spread import weights_as_learnt
 
 
 @dataclass(frozen=True)
 class RoutingStatistics:
-    """Statistics of the mixing weights of T tasks; `weights` is (T, L, h, K) in fp32."""
+    """Statistics of the mixing weights of T tasks; `weights` is (T, L, h, K) in fp32, over the skills as learnt."""
 
     tasks: tuple[str, ...]
     weights: Tensor
@@ -30,7 +31,7 @@ class RoutingStatistics:
         if not inventory.routings:
             return None
         logits = torch.stack([routing.float() for routing in inventory.routings.values()])
-        return cls(tuple(inventory.routings), routing_weights(logits))
+        return cls(tuple(inventory.routings), weights_as_learnt(routing_weights(logits), inventory.spread))
 
     @property
     def num_skills(self) -> int:

@@ -70,13 +70,16 @@ class Method(StrEnum):
             )
 
 
-# Learning rates; docs/results.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
+# docs/results.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
 # are trained, steps of one size change what they compute several times as much.
 _LORA_LR = 3e-3
 _TRAINED_LR = 1e-3
 # Routing that is all there is to learn has far to go; beside skills that learn it loses what it began with.
-_ROUTING_ALONE_LR = 0.3
-_ROUTING_LR = 0.03
+_ROUTING_ALONE_LR = 0.15
+_ROUTING_LR = 0.01
+# Routing alone fits slowly, and learns on without harm.
+_ROUTING_ALONE_STEPS = 120
+_STEPS = 60
 
 
 class Hyperparameters(BaseModel):
@@ -84,7 +87,12 @@ class Hyperparameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int = Field(default=60, ge=1, le=10_000, description="most steps; early stopping may end sooner")
+    steps: int | None = Field(
+        default=None,
+        ge=1,
+        le=10_000,
+        description="most steps; early stopping may end sooner; 120 where routing alone is learnt, else 60",
+    )
     batch_size: int = Field(default=8, ge=1, le=256, description="examples a step")
     adapter_lr: float | None = Field(
         default=None,
@@ -96,7 +104,7 @@ class Hyperparameters(BaseModel):
         default=None,
         gt=0,
         le=10,
-        description="peak learning rate of routing logits; 0.3 where nothing else is learnt, 0.03 beside skills",
+        description="peak learning rate of routing logits; 0.15 where nothing else is learnt, 0.01 beside skills",
     )
     warmup: float = Field(default=0.06, ge=0, le=1, description="fraction of the steps that the learning rate rises")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -110,6 +118,7 @@ class Hyperparameters(BaseModel):
     def resolved(self, method: Method) -> Hyperparameters:
         """With the method's defaults in the place of what was left out."""
         defaults = {
+            "steps": _ROUTING_ALONE_STEPS if method.routing_alone else _STEPS,
             "adapter_lr": _LORA_LR if method is Method.LORA else _TRAINED_LR,
             "routing_lr": _ROUTING_ALONE_LR if method.routing_alone else _ROUTING_LR,
         }
@@ -257,7 +266,9 @@ class _Search:
         self._trainer = trainer
         self._validation = validation
         self._examples = sum(batch.num_sequences for batch in validation)
-        self._settings = settings
+        self._steps = trainer.config.steps
+        self._evaluate_every = settings.evaluate_every
+        self._patience = settings.patience * settings.evaluate_every  # in steps
         self._context = context
         self._best_accuracy = 0.0
         self._kept: Validation | None = None
@@ -275,8 +286,8 @@ class _Search:
                 raise Stopped
             loss = self._trainer.step(batch).item()
             step = self._trainer.step_count
-            self._context.report("step", {"step": step, "steps": self._settings.steps, "loss": round(loss, 5)})
-            if step % self._settings.evaluate_every == 0 or step == self._settings.steps:
+            self._context.report("step", {"step": step, "steps": self._steps, "loss": round(loss, 5)})
+            if step % self._evaluate_every == 0 or step == self._steps:
                 self._validate()
                 self._context.save(self._state())
 
@@ -294,8 +305,7 @@ class _Search:
 
     def _done(self) -> bool:
         step = self._trainer.step_count
-        waited = step - self.kept_step
-        return step >= self._settings.steps or waited >= self._settings.patience * self._settings.evaluate_every
+        return step >= self._steps or step - self.kept_step >= self._patience
 
     def _validate(self) -> None:
         validation = self._trainer.validate(self._validation)
@@ -341,6 +351,7 @@ def _validate_served(trainer: Trainer, served: Served | None, spec: AdaptSpec, b
 
 def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
     settings = spec.hyperparameters.resolved(spec.method)
+    assert settings.steps is not None
     assert settings.adapter_lr is not None
     assert settings.routing_lr is not None
     return TrainerConfig(

@@ -19,6 +19,7 @@ _OPTIONS = (
     "method",
     "skills",
     "heads",
+    "spread",
     "rank",
     "alpha",
     "batch_size",

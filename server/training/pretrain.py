@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from server.adapters.injection import inject, linear_sizes
 from server.adapters.inventory import Inventory, InventoryTask, check_heads
 from server.adapters.routing import fresh_routing, one_hot_routing
+from server.adapters.spread import spread_skills
 from server.backbone import Backbone
 from server.errors import InvalidInput
 from server.training.card import card
@@ -123,19 +124,9 @@ class _Run:
         """Validate, and write the inventory and its card."""
         after = self._validate()
         self._log({"step": self._trainer.step_count, "validation": after})
-        A, B = self._learner.skills()
-        tasks = self._data.tasks
-        inventory = Inventory(
-            A=A,
-            B=B,
-            alpha=self._config.alpha,
-            backbone_fingerprint=self._backbone.fingerprint,
-            backbone_name=self._backbone.name,
-            prompt_format=self._config.prompt_format,
-            routings={task.task: self._learner.routing[i].detach().cpu() for i, task in enumerate(tasks)},
-            tasks={t.task: InventoryTask(t.instruction, t.licence, t.source) for t in tasks},
-            training={**self._config.settings(), "validation_before": self._before, "validation_after": after},
-        )
+        inventory = self._inventory(after)
+        if (spread := self._config.layout.spread) is not None:
+            inventory = spread_skills(inventory, spread)
         if self._processes.is_first:
             losses = [record["loss"] for record in read_log(self._folder.path) if "loss" in record]
             self._folder.write(CARD, card(inventory, losses).encode())
@@ -147,6 +138,22 @@ class _Run:
         if self._saved_step < 0:
             return "no checkpoint was written yet; put that right and run the command again"
         return f"the checkpoint of step {self._saved_step} is kept; put that right and run the command again to go on"
+
+    def _inventory(self, after: Mapping[str, float]) -> Inventory:
+        """What was learnt, as it was learnt; `after` is each task's held-out loss."""
+        A, B = self._learner.skills()
+        tasks = self._data.tasks
+        return Inventory(
+            A=A,
+            B=B,
+            alpha=self._config.alpha,
+            backbone_fingerprint=self._backbone.fingerprint,
+            backbone_name=self._backbone.name,
+            prompt_format=self._config.prompt_format,
+            routings={task.task: self._learner.routing[i].detach().cpu() for i, task in enumerate(tasks)},
+            tasks={t.task: InventoryTask(t.instruction, t.licence, t.source) for t in tasks},
+            training={**self._config.settings(), "validation_before": self._before, "validation_after": dict(after)},
+        )
 
     def _resume(self, file: Path) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -14,6 +15,7 @@ from server.training.trainer import TrainerConfig
 
 _HEADS = 8
 _SKILLS = 8
+_SPREAD = 8.0
 
 
 class PretrainMethod(StrEnum):
@@ -27,11 +29,15 @@ class PretrainMethod(StrEnum):
 
 @dataclass(frozen=True)
 class Layout:
-    """A method with its sizes: h heads, and K skills or None for as many as there are tasks."""
+    """A method with its sizes: h heads, and K skills or None for as many as there are tasks.
+
+    Learnt skills are moved `spread` times as far from their mean (docs/pretraining.md); None where routing is fixed.
+    """
 
     method: PretrainMethod
     num_heads: int
     num_skills: int | None
+    spread: float | None
 
     @property
     def learns_routing(self) -> bool:
@@ -44,7 +50,10 @@ class Layout:
 
 
 def choose_layout(
-    method: PretrainMethod | None = None, num_heads: int | None = None, num_skills: int | None = None
+    method: PretrainMethod | None = None,
+    num_heads: int | None = None,
+    num_skills: int | None = None,
+    spread: float | None = None,
 ) -> Layout:
     """The layout of what was asked for; what is left out takes the method's own value.
 
@@ -54,25 +63,29 @@ def choose_layout(
     for name, number in (("heads", num_heads), ("skills", num_skills)):
         if number is not None and number < 1:
             raise InvalidInput(f"{name} must be at least 1", param=name)
+    if spread is not None and not 1 <= spread < math.inf:
+        raise InvalidInput("spread must be a number of at least 1", param="spread")
     if method is None:
         method = PretrainMethod.POLY if num_heads == 1 else PretrainMethod.MHR
     if method is PretrainMethod.MHR:
         if num_heads == 1:
             raise InvalidInput("the method mhr needs more than one head; use poly, or more heads", param="heads")
-        return Layout(method, num_heads or _HEADS, num_skills or _SKILLS)
+        return Layout(method, num_heads or _HEADS, num_skills or _SKILLS, spread or _SPREAD)
     if num_heads not in (None, 1):
         raise InvalidInput(f"the method {method} has one head, not {num_heads}; leave heads out", param="heads")
     if method is PretrainMethod.POLY:
-        return Layout(method, 1, num_skills or _SKILLS)
+        return Layout(method, 1, num_skills or _SKILLS, spread or _SPREAD)
+    if spread is not None:
+        raise InvalidInput(f"the method {method} learns no routing; leave spread out", param="spread")
     if method is PretrainMethod.SHARED:
         if num_skills not in (None, 1):
             raise InvalidInput(
                 f"the method shared has one skill, not {num_skills}; give it a larger rank instead", param="skills"
             )
-        return Layout(method, 1, 1)
+        return Layout(method, 1, 1, None)
     if num_skills is not None:
         raise InvalidInput("the method private has one skill for every task; leave skills out", param="skills")
-    return Layout(method, 1, None)
+    return Layout(method, 1, None, None)
 
 
 @dataclass(frozen=True)
@@ -123,6 +136,7 @@ class PretrainConfig:
             "method": self.layout.method.value,
             "skills": self.layout.num_skills,
             "heads": self.layout.num_heads,
+            "spread": self.layout.spread,
             "rank": self.rank,
             "alpha": self.alpha,
             "steps": trainer.steps,

@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch.distributions.relaxed_bernoulli import RelaxedBernoulli
 
-from server.adapters.routing import fresh_routing, one_hot_routing, routing_weights, sample_routing_weights
+from server.adapters.routing import (
+    fresh_routing,
+    one_hot_routing,
+    routing_logits,
+    routing_weights,
+    sample_routing_weights,
+)
 
 
 def test_weights_are_sigmoids_normalised_over_the_skills() -> None:
@@ -20,6 +26,16 @@ def test_weights_are_no_softmax() -> None:
 
 def test_zero_logits_give_uniform_weights() -> None:
     assert routing_weights(torch.zeros(2, 3, 8)).eq(1 / 8).all()
+
+
+@pytest.mark.parametrize("weights", [[0.7, 0.2, 0.1, 0.0], [1.0, 0.0, 0.0, 0.0], [0.3, 0.3, 0.2, 0.2]])
+def test_logits_of_weights_give_them_back(weights: list[float]) -> None:
+    logits = routing_logits(torch.tensor(weights))
+    torch.testing.assert_close(routing_weights(logits), torch.tensor(weights))
+
+
+def test_even_weights_have_logits_of_zero() -> None:
+    assert routing_logits(torch.full((2, 8), 1 / 8)).eq(0).all()
 
 
 def test_very_negative_logits_stay_finite() -> None:

@@ -196,7 +196,7 @@ def test_what_begins_trained_learns_with_smaller_steps(method: Method, rate: flo
     assert Hyperparameters(adapter_lr=0.02).resolved(method).adapter_lr == 0.02
 
 
-@pytest.mark.parametrize(("method", "rate"), [(Method.MHR, 0.03), (Method.POLY, 0.03), (Method.MHR_Z, 0.3)])
+@pytest.mark.parametrize(("method", "rate"), [(Method.MHR, 0.01), (Method.POLY, 0.01), (Method.MHR_Z, 0.15)])
 def test_routing_learns_with_smaller_steps_beside_skills(method: Method, rate: float) -> None:
     assert Hyperparameters().resolved(method).routing_lr == rate
     assert Hyperparameters(routing_lr=0.2).resolved(method).routing_lr == 0.2
@@ -204,7 +204,7 @@ def test_routing_learns_with_smaller_steps_beside_skills(method: Method, rate: f
 
 @pytest.mark.parametrize(
     ("method", "name", "own", "another"),
-    [("mhr", "adapter_lr", 1e-3, 3e-3), ("mhr", "routing_lr", 0.03, 0.3), ("mhr-z", "routing_lr", 0.3, 0.03)],
+    [("mhr", "adapter_lr", 1e-3, 3e-3), ("mhr", "routing_lr", 0.01, 0.3), ("mhr-z", "routing_lr", 0.15, 0.03)],
 )
 def test_an_adaptation_that_asks_for_no_learning_rate_takes_its_methods(
     backbone: Backbone,

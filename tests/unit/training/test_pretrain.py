@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from server.adapters.assembly import assemble
 from server.adapters.injection import inject
 from server.adapters.inventory import Inventory
 from server.adapters.routing import routing_weights
@@ -56,6 +57,21 @@ def test_learns_an_inventory_with_the_tasks_routings_and_a_card(backbone: Backbo
     card = (tmp_path / "out" / "card.md").read_text()
     assert "mhr pretrain --data DATA --out OUT --steps 10" in card
     assert "| say-x |" in card
+
+
+def test_skills_are_moved_apart_and_make_the_same_adapters(backbone: Backbone, data: Path, tmp_path: Path) -> None:
+    close, apart = (
+        Inventory.from_bytes(path.read_bytes())
+        for spread in (1.0, 4.0)
+        if (path := pretrain(_config(data, tmp_path / f"{spread}", layout=choose_layout(None, 2, 2, spread)), backbone))
+    )
+    assert (close.spread, apart.spread) == (1.0, 4.0)
+    for task, routing in close.routings.items():
+        mine, theirs = assemble(apart, apart.routings[task]), assemble(close, routing)
+        for linear, pair in theirs.weights.items():
+            assert not torch.equal(apart.A[linear], close.A[linear])
+            torch.testing.assert_close(mine.weights[linear].A, pair.A, rtol=0, atol=4 * 2**-8 * 0.5)
+    assert "--spread 4" in (tmp_path / "4.0" / "card.md").read_text()
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(backbone: Backbone, data: Path, tmp_path: Path) -> None:
