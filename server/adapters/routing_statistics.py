@@ -15,7 +15,7 @@ from torch import Tensor
 
 from server.adapters.inventory import Inventory
 from server.adapters.routing import routing_weights
-from server.adapters.spread import weights_as_learnt
+from server.adapters.spread import scale_departures
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RoutingStatistics:
         if not inventory.routings:
             return None
         logits = torch.stack([routing.float() for routing in inventory.routings.values()])
-        return cls(tuple(inventory.routings), weights_as_learnt(routing_weights(logits), inventory.spread))
+        return cls(tuple(inventory.routings), scale_departures(routing_weights(logits), inventory.spread))
 
     @property
     def num_skills(self) -> int:

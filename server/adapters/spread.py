@@ -30,10 +30,13 @@ def spread_skills(inventory: Inventory, factor: float) -> Inventory:
     )
 
 
-def weights_as_learnt(weights: Tensor, spread: float) -> Tensor:
-    """The mixing weights (..., K) over the skills as they were learnt, before they were moved apart."""
+def scale_departures(weights: Tensor, factor: float) -> Tensor:
+    """1/K + factor (w - 1/K) of mixing weights (..., K), which still sum to 1.
+
+    With an inventory's `spread` as the factor: the weights over its skills as they were learnt.
+    """
     even = 1 / weights.shape[-1]
-    return even + spread * (weights - even)
+    return even + factor * (weights - even)
 
 
 def _move_apart(skills: Tensor, factor: float) -> Tensor:
@@ -45,4 +48,4 @@ def _move_apart(skills: Tensor, factor: float) -> Tensor:
 
 def _move_together(logits: Tensor, factor: float) -> Tensor:
     """logits (L, h, K)."""
-    return routing_logits(weights_as_learnt(routing_weights(logits.float()), 1 / factor))
+    return routing_logits(scale_departures(routing_weights(logits.float()), 1 / factor))

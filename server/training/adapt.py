@@ -54,6 +54,10 @@ class Method(StrEnum):
     def routing_alone(self) -> bool:
         return self in (Method.MHR_Z, Method.POLY_Z)
 
+    @property
+    def learns_routing(self) -> bool:
+        return self.routing_alone or self in (Method.MHR, Method.POLY)
+
     def check_heads(self, inventory: str, num_heads: int) -> None:
         """Raise InvalidInput when the method is for another number of heads than the inventory's."""
         if self.value.startswith("poly") and num_heads > 1:
@@ -70,16 +74,13 @@ class Method(StrEnum):
             )
 
 
-# docs/results.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
+# Learning rates; docs/results.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
 # are trained, steps of one size change what they compute several times as much.
 _LORA_LR = 3e-3
 _TRAINED_LR = 1e-3
 # Routing that is all there is to learn has far to go; beside skills that learn it loses what it began with.
 _ROUTING_ALONE_LR = 0.15
 _ROUTING_LR = 0.01
-# Routing alone fits slowly, and learns on without harm.
-_ROUTING_ALONE_STEPS = 120
-_STEPS = 60
 
 
 class Hyperparameters(BaseModel):
@@ -87,12 +88,7 @@ class Hyperparameters(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    steps: int | None = Field(
-        default=None,
-        ge=1,
-        le=10_000,
-        description="most steps; early stopping may end sooner; 120 where routing alone is learnt, else 60",
-    )
+    steps: int = Field(default=60, ge=1, le=10_000, description="most steps; early stopping may end sooner")
     batch_size: int = Field(default=8, ge=1, le=256, description="examples a step")
     adapter_lr: float | None = Field(
         default=None,
@@ -118,11 +114,21 @@ class Hyperparameters(BaseModel):
     def resolved(self, method: Method) -> Hyperparameters:
         """With the method's defaults in the place of what was left out."""
         defaults = {
-            "steps": _ROUTING_ALONE_STEPS if method.routing_alone else _STEPS,
             "adapter_lr": _LORA_LR if method is Method.LORA else _TRAINED_LR,
             "routing_lr": _ROUTING_ALONE_LR if method.routing_alone else _ROUTING_LR,
         }
         return self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
+
+    def used_by(self, method: Method) -> dict[str, Any]:
+        """Those that make a difference to the method, as JSON."""
+        unused: set[str] = set()
+        if method is not Method.LORA:
+            unused |= {"rank", "alpha"}
+        if method.routing_alone:
+            unused |= {"adapter_lr", "weight_decay"}
+        if not method.learns_routing:
+            unused |= {"routing_lr", "noise"}
+        return self.model_dump(mode="json", exclude=unused)
 
 
 @dataclass(frozen=True)
@@ -266,9 +272,7 @@ class _Search:
         self._trainer = trainer
         self._validation = validation
         self._examples = sum(batch.num_sequences for batch in validation)
-        self._steps = trainer.config.steps
-        self._evaluate_every = settings.evaluate_every
-        self._patience = settings.patience * settings.evaluate_every  # in steps
+        self._settings = settings
         self._context = context
         self._best_accuracy = 0.0
         self._kept: Validation | None = None
@@ -286,8 +290,8 @@ class _Search:
                 raise Stopped
             loss = self._trainer.step(batch).item()
             step = self._trainer.step_count
-            self._context.report("step", {"step": step, "steps": self._steps, "loss": round(loss, 5)})
-            if step % self._evaluate_every == 0 or step == self._steps:
+            self._context.report("step", {"step": step, "steps": self._settings.steps, "loss": round(loss, 5)})
+            if step % self._settings.evaluate_every == 0 or step == self._settings.steps:
                 self._validate()
                 self._context.save(self._state())
 
@@ -305,7 +309,8 @@ class _Search:
 
     def _done(self) -> bool:
         step = self._trainer.step_count
-        return step >= self._steps or step - self.kept_step >= self._patience
+        waited = step - self.kept_step
+        return step >= self._settings.steps or waited >= self._settings.patience * self._settings.evaluate_every
 
     def _validate(self) -> None:
         validation = self._trainer.validate(self._validation)
@@ -351,7 +356,6 @@ def _validate_served(trainer: Trainer, served: Served | None, spec: AdaptSpec, b
 
 def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
     settings = spec.hyperparameters.resolved(spec.method)
-    assert settings.steps is not None
     assert settings.adapter_lr is not None
     assert settings.routing_lr is not None
     return TrainerConfig(

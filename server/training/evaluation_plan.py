@@ -13,7 +13,7 @@ import torch
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone, load_backbone, training_dtype
 from server.errors import InvalidInput
-from server.training.adapt import Hyperparameters
+from server.training.adapt import Hyperparameters, Method
 from server.training.columns import (
     BASE,
     MEAN,
@@ -138,5 +138,5 @@ class Plan:
         if column.inventory is not None:
             about["inventory"] = hashlib.sha256(self.config.inventories[column.inventory]).hexdigest()
         if column.name in self.hyperparameters:
-            about["hyperparameters"] = self.hyperparameters[column.name].model_dump(mode="json")
+            about["hyperparameters"] = self.hyperparameters[column.name].used_by(Method(column.method))
         return about

@@ -11,7 +11,7 @@ from server.adapters.assembly import Adapter, assemble, mean_adapter
 from server.adapters.inventory import Inventory
 from server.adapters.routing import one_hot_routing
 from server.adapters.routing_statistics import RoutingStatistics
-from server.adapters.spread import spread_skills, weights_as_learnt
+from server.adapters.spread import scale_departures, spread_skills
 
 MakeInventory = Callable[..., Inventory]
 
@@ -67,7 +67,7 @@ def test_twice_is_the_product_of_the_factors(inventory: Inventory) -> None:
     assert spread_skills(spread_skills(inventory, 2.0), 3.0).spread == 6.0
 
 
-def test_statistics_are_of_the_weights_as_learnt(inventory: Inventory) -> None:
+def test_statistics_are_of_the_scale_departures(inventory: Inventory) -> None:
     before, after = RoutingStatistics.of(inventory), RoutingStatistics.of(spread_skills(inventory, 8.0))
     assert before is not None
     assert after is not None
@@ -75,5 +75,5 @@ def test_statistics_are_of_the_weights_as_learnt(inventory: Inventory) -> None:
     assert 0 < float(after.entropies[0]) < math.log(4)
 
 
-def test_weights_as_learnt_are_further_from_even() -> None:
-    assert weights_as_learnt(torch.tensor([0.5, 0.25, 0.25, 0.0]), 2.0).tolist() == [0.75, 0.25, 0.25, -0.25]
+def test_departures_from_even_weights_grow_and_the_sum_stays() -> None:
+    assert scale_departures(torch.tensor([0.5, 0.25, 0.25, 0.0]), 2.0).tolist() == [0.75, 0.25, 0.25, -0.25]

@@ -202,6 +202,22 @@ def test_routing_learns_with_smaller_steps_beside_skills(method: Method, rate: f
     assert Hyperparameters(routing_lr=0.2).resolved(method).routing_lr == 0.2
 
 
+@pytest.mark.parametrize("method", ["mhr", "mhr-z", "mhr-mu", "lora"])
+def test_hyperparameters_that_a_method_does_not_use_change_nothing(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], method: str
+) -> None:
+    others = {"adapter_lr": 0.5, "routing_lr": 5.0, "weight_decay": 0.9, "noise": True, "rank": 7, "alpha": 3.0}
+    used = Hyperparameters().used_by(Method(method))
+    changes = {name: value for name, value in others.items() if name not in used}
+    assert changes
+    recorders = [Recorder(), Recorder()]
+    for settings, recorder in zip(({}, changes), recorders, strict=True):
+        adapt(
+            _spec(examples, method, **{"adapter_lr": None, "steps": 3} | settings), backbone, inventory, None, recorder
+        )
+    assert recorders[0].losses == recorders[1].losses
+
+
 @pytest.mark.parametrize(
     ("method", "name", "own", "another"),
     [("mhr", "adapter_lr", 1e-3, 3e-3), ("mhr", "routing_lr", 0.01, 0.3), ("mhr-z", "routing_lr", 0.15, 0.03)],

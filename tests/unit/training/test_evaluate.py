@@ -127,6 +127,14 @@ def test_other_settings_are_refused_and_more_seeds_are_not(config: EvaluateConfi
         evaluate(replace(config, num_instances=5), tmp_path / "run")
 
 
+def test_only_hyperparameters_that_a_method_uses_are_compared(config: EvaluateConfig, tmp_path: Path) -> None:
+    config = replace(config, methods=("mhr",), hyperparameters={"": {**FAST, "rank": 2}})
+    scores = evaluate(config, tmp_path / "run")
+    assert evaluate(replace(config, hyperparameters={"": {**FAST, "rank": 3}}), tmp_path / "run") == scores
+    with pytest.raises(InvalidInput, match="routing_lr"):
+        evaluate(replace(config, hyperparameters={"": {**FAST, "routing_lr": 0.5}}), tmp_path / "run")
+
+
 def test_processes_find_what_one_finds(config: EvaluateConfig, tmp_path: Path) -> None:
     config = replace(config, methods=("base", "mu"), seeds=(0, 1))
     one = evaluate(config, tmp_path / "one")
