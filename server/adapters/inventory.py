@@ -7,6 +7,7 @@ metadata key `mhr` with everything else.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -64,6 +65,8 @@ class Inventory:
     def __post_init__(self) -> None:
         if not self.A or list(self.A) != list(self.B):
             raise InvalidInput("an inventory needs A and B for at least one linear, and for the same linears")
+        if not 1 <= self.spread < math.inf:
+            raise InvalidInput(f"an inventory's spread is a number of at least 1, not {self.spread}")
         _check_dimensions(self.A, self.B)
         for linear in self.A:
             _check_linear(linear, self.A[linear], self.B[linear], self.num_heads, self.num_skills, self.rank)

@@ -31,7 +31,9 @@ class RoutingStatistics:
         if not inventory.routings:
             return None
         logits = torch.stack([routing.float() for routing in inventory.routings.values()])
-        return cls(tuple(inventory.routings), scale_departures(routing_weights(logits), inventory.spread))
+        weights = scale_departures(routing_weights(logits), inventory.spread)
+        # A weight of nothing can have been rounded below it, and entropy is of numbers that are not negative.
+        return cls(tuple(inventory.routings), weights.clamp_(min=0))
 
     @property
     def num_skills(self) -> int:

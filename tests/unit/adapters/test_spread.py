@@ -12,6 +12,7 @@ from server.adapters.inventory import Inventory
 from server.adapters.routing import one_hot_routing
 from server.adapters.routing_statistics import RoutingStatistics
 from server.adapters.spread import scale_departures, spread_skills
+from server.errors import InvalidInput
 
 MakeInventory = Callable[..., Inventory]
 
@@ -72,7 +73,21 @@ def test_statistics_are_of_the_scale_departures(inventory: Inventory) -> None:
     assert before is not None
     assert after is not None
     torch.testing.assert_close(after.weights, before.weights, rtol=1e-4, atol=1e-5)
-    assert 0 < float(after.entropies[0]) < math.log(4)
+    torch.testing.assert_close(after.entropies, before.entropies, rtol=1e-3, atol=1e-4)
+
+
+def test_statistics_of_a_file_are_numbers_although_its_routings_are_rounded(inventory: Inventory) -> None:
+    read = Inventory.from_bytes(spread_skills(inventory, 8.0).to_bytes())
+    before, after = RoutingStatistics.of(inventory), RoutingStatistics.of(read)
+    assert before is not None
+    assert after is not None
+    torch.testing.assert_close(after.entropies, before.entropies, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, -1.0, math.inf, math.nan])
+def test_an_impossible_spread_is_refused(inventory: Inventory, spread: float) -> None:
+    with pytest.raises(InvalidInput, match="spread is a number of at least 1"):
+        replace(inventory, spread=spread)
 
 
 def test_departures_from_even_weights_grow_and_the_sum_stays() -> None:
