@@ -18,6 +18,7 @@ from server.engine.request import AdapterHandle, EngineRequest, SamplingParams, 
 from server.engine.runner import Runner
 from server.inventories import BUNDLED_FOLDER
 from server.training.prompts import encode_prompt, render_prompt
+from tests.support.int8 import needs_int8
 
 NEW_TOKENS = 12
 NEAR_TIE = 0.02  # of logits; rounding decides below
@@ -33,6 +34,7 @@ def backbone(data_dir: Path) -> Backbone:
     return load_backbone(BUNDLED_BACKBONE, data_dir)
 
 
+@needs_int8
 @pytest.mark.parametrize("path", ["slots", "inventory"])
 def test_the_engines_tokens_are_the_quantised_models_own(backbone: Backbone, path: AdapterPath) -> None:
     inventory = Inventory.from_bytes((BUNDLED_FOLDER / "smollm2-135m-mhr.safetensors").read_bytes())

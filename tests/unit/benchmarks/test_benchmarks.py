@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from server.training.batches import EncodedExample, collate
+from tests.support.int8 import needs_int8
 from tests.support.tiny_server import write_tiny_model
 
 BENCHMARKS = Path(__file__).resolve().parents[3] / "benchmarks"
@@ -62,6 +63,7 @@ def test_engine_offline_compares_the_same_tokens(
     assert {"date", "commit", "cores", "threads", "torch"} <= set(document["conditions"])
 
 
+@needs_int8
 def test_engine_offline_compares_paths_and_quantizations(
     run: Callable[..., dict[str, Any]], tiny_model: Path, tmp_path: Path
 ) -> None:

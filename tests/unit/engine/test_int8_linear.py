@@ -28,6 +28,7 @@ from server.engine.int8_product import (
 from server.engine.runner import Runner
 from server.errors import InvalidInput
 from server.native.library import Library
+from tests.support.int8 import needs_int8
 from tests.unit.engine.driver import CONTEXT, Driver, make_model, random_prompt, reference_tokens
 from tests.unit.native.libraries import INSTRUCTIONS, LIBRARIES
 
@@ -71,6 +72,7 @@ def every_product(weight: Int8Weight) -> list[Int8Product]:
     return [*(OneDnnProduct(weight, each) for each in digits), *tiles]
 
 
+@needs_int8
 @settings(deadline=None, max_examples=30)
 @given(
     rows=st.integers(1, 40), d_in=st.integers(1, 130), d_out=st.integers(1, 130), size=st.sampled_from([1e-6, 1.0, 1e4])
@@ -154,6 +156,7 @@ def test_a_row_of_zeros_gives_zeros_and_one_that_is_not_finite_spoils_itself_alo
         assert torch.equal(y[3], linear(x[3]))
 
 
+@needs_int8
 @each_arithmetic
 def test_linears_of_one_input_share_a_product_and_can_be_called_in_any_order_and_twice(library: Library | None) -> None:
     plain = [nn.Linear(24, 10), nn.Linear(24, 6, bias=False), Conv1D(7, 24)]
@@ -177,6 +180,7 @@ def test_sixteen_bit_input_gives_sixteen_bit_output(library: Library | None) -> 
     assert linear.weight.dtype == torch.bfloat16
 
 
+@needs_int8
 @pytest.mark.parametrize("operators", [True, False], ids=["compiled", "torch"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "phi", "gpt2", "mistral_sliding"])
 def test_greedy_tokens_are_those_of_the_plain_8_bit_model(family: str, operators: bool) -> None:
@@ -191,6 +195,7 @@ def test_greedy_tokens_are_those_of_the_plain_8_bit_model(family: str, operators
         assert driver.tokens(request_id) == reference_tokens(reference, prompt, 8)
 
 
+@needs_int8
 def test_a_request_alone_gets_the_tokens_it_gets_in_a_batch() -> None:
     model = make_model()
     together = Driver(model, INT8)
@@ -203,6 +208,7 @@ def test_a_request_alone_gets_the_tokens_it_gets_in_a_batch() -> None:
         assert alone.tokens(own) == together.tokens(request_id)
 
 
+@needs_int8
 def test_a_quantised_model_keeps_no_full_weight_but_its_embedding_and_has_the_same_linears() -> None:
     model = make_model()
     model.config.tie_word_embeddings = True
@@ -243,6 +249,7 @@ def test_a_processor_that_saturates_on_the_way_is_refused(
         check_int8_works(torch.device("cpu"), library)
 
 
+@needs_int8
 @each_arithmetic
 def test_the_largest_numbers_are_exact(library: Library | None) -> None:
     check_int8_works(torch.device("cpu"), library)

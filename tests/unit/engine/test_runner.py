@@ -24,6 +24,7 @@ from server.engine.forward import ModelForward
 from server.engine.runner import Runner
 from server.errors import InvalidInput
 from server.native.library import load_library
+from tests.support.int8 import needs_int8
 from tests.unit.engine.driver import CONTEXT, SHAPE, Driver, make_model, random_prompt
 
 GEMMA = {key: value for key, value in SHAPE.items() if key not in ("bos_token_id", "eos_token_id")}
@@ -116,7 +117,9 @@ def test_an_exception_in_the_forward_pass_gives_the_model_its_attention_back(
     assert driver.runner._context.mix is None
 
 
-@pytest.mark.parametrize(("quantization", "dtype"), [("none", torch.float32), ("int8", torch.float16)])
+@pytest.mark.parametrize(
+    ("quantization", "dtype"), [("none", torch.float32), pytest.param("int8", torch.float16, marks=needs_int8)]
+)
 def test_the_operators_tables_are_as_exact_as_the_weights(
     quantization: Quantization, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
