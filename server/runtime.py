@@ -34,7 +34,7 @@ from server.job_metrics import JobWatch
 from server.logs import get_logger
 from server.metrics import Metrics
 from server.settings import Settings, load_api_keys
-from server.supervisor import Supervisor, worker_command
+from server.supervisor import Supervisor, worker_command, worker_environ
 from server.tasks import TaskCatalog
 
 _MIB = 1024 * 1024
@@ -106,7 +106,7 @@ class Runtime:
         if self._phase is not Phase.WARMING:  # asked to stop meanwhile
             return
         if self.settings.worker:
-            self.supervisor = Supervisor(worker_command(), self.settings.environ(os.environ))
+            self.supervisor = Supervisor(worker_command(), worker_environ(self.settings.environ(os.environ)))
             self.supervisor.start()
         self._phase, self._reason = Phase.READY, None
         log.info("ready", action="server.ready", data_dir=str(self.settings.data_dir))

@@ -63,8 +63,8 @@ class Settings(BaseSettings):
         default="none", description="int8 keeps the model's weights in 8 bits: faster and smaller, a little less exact"
     )
     threads: int | None = Field(default=None, ge=1, le=1024, description="CPU threads of the model; all cores if unset")
-    worker_threads: int = Field(
-        default=1, ge=1, le=1024, description="CPU threads of the adaptation worker; more collapse beside a busy server"
+    worker_threads: int | None = Field(
+        default=None, ge=1, le=1024, description="CPU threads of the adaptation worker; all cores if unset"
     )
     max_batch: int = Field(default=32, ge=1, le=4096, description="Sequences computed together in one step")
     max_context: int = Field(

@@ -86,6 +86,15 @@ def worker_command() -> list[str]:
     return [sys.executable, "-P", "-m", "server", "worker", "--with-parent"]
 
 
+def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """What the worker is started with: its threads sleep while they wait for each other, unless `environ` says else.
+
+    Threads that spin keep a core from the one they wait for, once the machine has fewer cores to spare than threads: a
+    step then takes minutes in place of seconds (docs/operations.md, "A job beside the server").
+    """
+    return {"OMP_WAIT_POLICY": "passive", **environ}
+
+
 def compute_when_idle() -> None:
     """In the child: take only the processor time that nobody else wants; all threads to come do the same.
 

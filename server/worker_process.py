@@ -28,7 +28,8 @@ def run(settings: Settings) -> None:
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    torch.set_num_threads(settings.worker_threads)
+    if settings.worker_threads is not None:
+        torch.set_num_threads(settings.worker_threads)
     with closing(Store.open(settings.data_dir, settings.database())) as store:
         worker_id = f"{socket.gethostname()}-{os.getpid()}"
         log.info("waiting for jobs", action="worker.ready", worker=worker_id)

@@ -22,6 +22,7 @@ from serving.targets import generate
 from serving.waves import gaps, percentile, print_ratios, ratio_of
 
 JOB_START_TIMEOUT_S = 120.0
+JOB_ALONE_S = 30.0  # steps may take seconds each
 
 
 def cold(house: House) -> Result:
@@ -174,7 +175,7 @@ def step_of(server: ServerProcess, job: str) -> int:
 def step_rate(server: ServerProcess, job: str) -> float:
     """Steps per second of a job that has the machine to itself."""
     first, start_s = step_of(server, job), time.monotonic()
-    time.sleep(5)
+    time.sleep(JOB_ALONE_S)
     return (step_of(server, job) - first) / (time.monotonic() - start_s)
 
 

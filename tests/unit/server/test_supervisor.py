@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from server import supervisor as module
-from server.supervisor import Supervisor, worker_command
+from server.supervisor import Supervisor, worker_command, worker_environ
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -94,3 +94,8 @@ def test_a_child_that_computes_when_idle_leaves_the_processor_to_others() -> Non
 
 def test_the_worker_is_this_python_without_the_working_directory_on_its_path() -> None:
     assert worker_command() == [sys.executable, "-P", "-m", "server", "worker", "--with-parent"]
+
+
+def test_threads_of_the_worker_sleep_while_they_wait_unless_the_environment_says_else() -> None:
+    assert worker_environ({"A": "b"}) == {"A": "b", "OMP_WAIT_POLICY": "passive"}
+    assert worker_environ({"OMP_WAIT_POLICY": "active"}) == {"OMP_WAIT_POLICY": "active"}

@@ -23,8 +23,11 @@ def _this_process_as_it_was() -> Iterator[None]:
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize(("given", "threads"), [({}, 1), ({"worker_threads": 3}, 3), ({"threads": 3}, 1)])
-def test_the_worker_computes_with_its_own_number_of_threads(
+@pytest.mark.parametrize(
+    ("given", "threads"),
+    [({}, torch.get_num_threads()), ({"worker_threads": 3}, 3), ({"threads": 5}, torch.get_num_threads())],
+)
+def test_the_worker_computes_with_its_own_number_of_threads_or_all(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, given: dict[str, int], threads: int
 ) -> None:
     seen: list[int] = []
