@@ -90,7 +90,7 @@ def worker_environ(environ: Mapping[str, str]) -> dict[str, str]:
     """What the worker is started with: its threads sleep while they wait for each other, unless `environ` says else.
 
     Threads that spin keep a core from the one they wait for, once the machine has fewer cores to spare than threads: a
-    step then takes minutes in place of seconds (docs/operations.md, "A job beside the server").
+    step then takes many times as long (docs/operations.md, "A job beside the server").
     """
     return {"OMP_WAIT_POLICY": "passive", **environ}
 
