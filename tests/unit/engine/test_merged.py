@@ -15,6 +15,7 @@ from server.engine.config import EngineConfig
 from server.engine.merged import MergedCopies, copy_bytes, merge
 from server.engine.request import AdapterHandle
 from server.errors import InvalidInput
+from tests.support.int8 import needs_int8
 from tests.unit.engine.driver import CONTEXT, Driver, add_to_weights, make_model, random_prompt, reference_tokens
 
 CONFIG = EngineConfig(max_batch=8, max_context=CONTEXT, prefill_chunk=16)
@@ -186,7 +187,7 @@ def test_an_adapter_that_cannot_be_merged_is_tried_once(
     kept.check_integrity()
 
 
-def test_a_copy_is_kept_unasked_for_a_small_model_and_never_of_int8() -> None:
+def test_a_copy_is_kept_unasked_for_a_small_model() -> None:
     asked = {"max_batch": 2, "max_context": CONTEXT}
     linear_bytes = copy_bytes(
         {n: m for n, m in make_model().named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
@@ -196,9 +197,14 @@ def test_a_copy_is_kept_unasked_for_a_small_model_and_never_of_int8() -> None:
         (EngineConfig(**asked, merged_tasks=3), 3 * linear_bytes),
         (EngineConfig(**asked, merged_tasks=0), 0),
         (EngineConfig(**asked, merged_tasks=3, adapter_path="slots"), 0),
-        (EngineConfig(**asked, quantization="int8"), 0),
     ):
         assert Driver(make_model(), config).runner._merged._budget_bytes == budget
+
+
+@needs_int8
+def test_no_copy_is_kept_of_int8() -> None:
+    config = EngineConfig(max_batch=2, max_context=CONTEXT, quantization="int8")
+    assert Driver(make_model(), config).runner._merged._budget_bytes == 0
 
 
 @pytest.mark.parametrize("options", [{"merged_tasks": 1}, {"adapter_path": "merged"}])
