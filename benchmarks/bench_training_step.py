@@ -29,12 +29,26 @@ from server.adapters.inventory import Inventory
 from server.backbone import BUNDLED_BACKBONE, Backbone, load_backbone, training_dtype
 from server.training.batches import Batch, EncodedExample, collate, encode_examples
 from server.training.examples import read_tasks
+from server.training.lanes import Lanes
 from server.training.learners import RoutedLearner
 from server.training.prompts import DEFAULT_PROMPT_FORMAT
 from server.training.sampling import BatchSampler, SamplingConfig
 from server.training.trainer import Trainer, TrainerConfig
 
 OURS, PEFT = "ours", "peft poly"
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """The sequences of one step."""
+
+    batch: Batch  # all of them
+    pieces: Sequence[Batch]  # all of them, as our trainer takes them on this machine
+
+    @property
+    def computed_tokens(self) -> int:
+        """What our trainer computes: an instruction once in every piece."""
+        return sum(len(piece.tokens) for piece in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -93,10 +107,11 @@ def parse_options() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def make_batches(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Batch], int]:
-    """The batches, and the number of tasks that they are drawn from."""
+def make_batches(options: argparse.Namespace, backbone: Backbone) -> tuple[list[Sequences], int]:
+    """The steps' sequences, and the number of tasks that they are drawn from."""
+    piece_size = Lanes(backbone.device).piece_size(options.batch_size)
     if options.data is None:
-        return random_batches(options, backbone.model.config.vocab_size), options.tasks
+        return random_batches(options, backbone.model.config.vocab_size, piece_size), options.tasks
     examples: list[EncodedExample] = []
     tasks = read_tasks(options.data)
     for index, task in enumerate(tasks):
@@ -110,10 +125,11 @@ def make_batches(options: argparse.Namespace, backbone: Backbone) -> tuple[list[
             place=task.task,
         )
     sampler = BatchSampler(examples, options.batch_size, 0, SamplingConfig(rows_per_task=options.rows_per_task))
-    return list(islice(sampler.from_step(0), options.batches)), len(tasks)
+    steps = zip(sampler.from_step(0), sampler.from_step(0, piece_size), strict=True)
+    return [Sequences(batch, pieces) for (batch,), pieces in islice(steps, options.batches)], len(tasks)
 
 
-def random_batches(options: argparse.Namespace, vocabulary: int) -> list[Batch]:
+def random_batches(options: argparse.Namespace, vocabulary: int, piece_size: int) -> list[Sequences]:
     """Random tokens; batch i is as wide as its place between the limits, its sequences at least 0.8 times as long."""
     random = torch.Generator().manual_seed(2)
 
@@ -132,7 +148,8 @@ def random_batches(options: argparse.Namespace, vocabulary: int) -> list[Batch]:
             answer = draw(1, options.answer_tokens)
             length = width if row == 0 else draw(round(0.8 * width), width)
             examples.append(EncodedExample(draw(0, options.tasks - 1), tokens(length - answer), (tokens(answer),)))
-        batches.append(collate(examples))
+        pieces = [collate(examples[i : i + piece_size]) for i in range(0, len(examples), piece_size)]
+        batches.append(Sequences(collate(examples), pieces))
     return batches
 
 
@@ -157,7 +174,7 @@ def pad(batch: Batch) -> PaddedBatch:
 
 
 def make_steps(
-    name: str, options: argparse.Namespace, dtype: torch.dtype, batches: Sequence[Batch], num_tasks: int
+    name: str, options: argparse.Namespace, dtype: torch.dtype, batches: Sequence[Sequences], num_tasks: int
 ) -> list[Callable[[], object]]:
     """One step for each batch, all of one trainer with a model of its own."""
     backbone = load_backbone(options.backbone, options.cache_dir, dtype=dtype)
@@ -167,13 +184,15 @@ def make_steps(
     return (our_steps if name == OURS else peft_steps)(backbone.model, inventory, batches)
 
 
-def our_steps(model: torch.nn.Module, inventory: Inventory, batches: Sequence[Batch]) -> list[Callable[[], object]]:
+def our_steps(model: torch.nn.Module, inventory: Inventory, batches: Sequence[Sequences]) -> list[Callable[[], object]]:
     learner = RoutedLearner(inventory, torch.stack(list(inventory.routings.values())), train_skills=True)
     trainer = Trainer(model, inject(model), learner, TrainerConfig(steps=10_000, noise=True))
-    return [lambda batch=batch: trainer.step(batch) for batch in batches]
+    return [lambda pieces=sequences.pieces: trainer.step(*pieces) for sequences in batches]
 
 
-def peft_steps(model: torch.nn.Module, inventory: Inventory, batches: Sequence[Batch]) -> list[Callable[[], object]]:
+def peft_steps(
+    model: torch.nn.Module, inventory: Inventory, batches: Sequence[Sequences]
+) -> list[Callable[[], object]]:
     poly = peft_poly(model, inventory).train()
     trainable = [parameter for parameter in poly.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.0)
@@ -185,7 +204,8 @@ def peft_steps(model: torch.nn.Module, inventory: Inventory, batches: Sequence[B
         optimizer.step()
         optimizer.zero_grad()
 
-    return [lambda batch=batch: step(batch) for batch in map(pad, batches)]
+    padded = [pad(sequences.batch) for sequences in batches]
+    return [lambda batch=batch: step(batch) for batch in padded]
 
 
 def peak(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, float]:
@@ -211,20 +231,21 @@ def report(
     options: argparse.Namespace,
     about: dict[str, object],
     dtype: torch.dtype,
-    batches: Sequence[Batch],
+    batches: Sequence[Sequences],
     num_tasks: int,
     timings: dict[str, list[Timing]],
     peaks: dict[str, dict[str, float]],
 ) -> None:
     """The table and the JSON document. The ratio is that of the time for all batches: of the throughput."""
-    padded = [pad(batch).tokens.numel() for batch in batches]
+    padded = [pad(sequences.batch).tokens.numel() for sequences in batches]
+    computed = [sequences.computed_tokens for sequences in batches]
     rows = []
-    for number, batch in enumerate(batches):
+    for number, sequences in enumerate(batches):
         ours, theirs = timings[OURS][number].median, timings[PEFT][number].median
-        rows.append((number, len(batch.tasks), padded[number], len(batch.tokens), ours, theirs, theirs / ours))
+        tasks = len(sequences.batch.tasks)
+        rows.append((number, tasks, padded[number], computed[number], ours, theirs, theirs / ours))
     ours, theirs = (sum(timing.median for timing in timings[name]) for name in (OURS, PEFT))
-    computed = sum(len(batch.tokens) for batch in batches)
-    rows.append(("all", "", sum(padded), computed, ours, theirs, theirs / ours))
+    rows.append(("all", "", sum(padded), sum(computed), ours, theirs, theirs / ours))
     print_table(
         f"{options.batch_size} sequences a step of {num_tasks} tasks {'' if options.data is None else 'of --data '}"
         f"(r = {options.rank}, K = {options.skills}, h = {options.heads}), {dtype}, {about['threads']} threads",
@@ -241,7 +262,7 @@ def report(
             "options": setting,
             "dtype": str(dtype),
             "padded_tokens": padded,
-            "our_tokens": [len(batch.tokens) for batch in batches],
+            "our_tokens": computed,
             "results": {
                 name: {
                     "step_s": [timing.median for timing in timings[name]],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,8 +31,8 @@ class AddedMix(ABC):
         """y (..., d_out) plus what the rows' adapters make of x (..., d_in); y may be changed in place."""
 
 
-class AdapterContext:
-    """Shared by all adapted linears of one model: the mix in force during a forward pass."""
+class AdapterContext(threading.local):
+    """Shared by all adapted linears of one model: the mix in force during a forward pass, each thread's its own."""
 
     def __init__(self) -> None:
         self.mix: AdapterMix | None = None

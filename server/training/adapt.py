@@ -282,18 +282,20 @@ class _Search:
     def run(self, sampler: BatchSampler) -> None:
         if self._kept is None:
             self._validate()
-        for batch in sampler.from_step(self._trainer.step_count):
+        piece_size = self._trainer.lanes.piece_size(self._settings.batch_size)
+        for batches in sampler.from_step(self._trainer.step_count, piece_size):
             if self._done():
                 return
             if self._context.should_stop():
                 self._context.save(self._state())
                 raise Stopped
-            loss = self._trainer.step(batch).item()
+            loss = self._trainer.step(*batches).item()
             step = self._trainer.step_count
             self._context.report("step", {"step": step, "steps": self._settings.steps, "loss": round(loss, 5)})
             if step % self._settings.evaluate_every == 0 or step == self._settings.steps:
                 self._validate()
-                self._context.save(self._state())
+                if not self._done():
+                    self._context.save(self._state())
 
     def load(self, checkpoint: bytes) -> None:
         """Go on from a checkpoint of the same adaptation."""

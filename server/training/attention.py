@@ -1,7 +1,6 @@
 """Causal attention over a packed batch: one row of tokens, cut into segments that follow on shared prefixes.
 
-transformers looks an attention function up by name and passes it the module that asks. Ours finds the batch's
-segments through an attribute of that module.
+transformers looks an attention function up by name. Ours finds the batch's segments in what its thread has in force.
 
 Letters: S tokens of the batch, H query heads, KVH key-value heads, G = H / KVH, n tokens of a segment or block, c
 tokens of its context (prefix and own), R segments.
@@ -9,8 +8,9 @@ tokens of its context (prefix and own), R segments.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,39 +27,62 @@ from server.training.batches import Segment
 from server.training.norms import NormSwitch
 
 NAME = "mhr_packed"
-_OWNER = "mhr_packed_layout"
 # Tokens of a block: fewer and larger products, against places computed only to be masked. Measured for 16 sequences of
 # 3 tasks, a layer forward and back in fp32: 7.9 ms segment by segment, 6.6 ms with 64 tokens, 7.7 ms with 192.
 _BLOCK_TOKENS = 64
 
 
 class PackedAttention:
-    """Switches one model to attention over packed batches, and to faster norms, for the time of a forward pass."""
+    """Switches one model to attention over packed batches, and to faster norms, while forward passes run."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         ALL_ATTENTION_FUNCTIONS.register(NAME, _attention)
         self._switch = AttentionSwitch(model, NAME)
         self._norms = NormSwitch(model)
-        self._modules = [module for module in model.modules() if hasattr(module, "layer_idx")]
         self._num_layers: int = model.config.num_hidden_layers
+        self._passes = 0  # that run now
+        self._lock = threading.Lock()  # around what begins with the first of them and ends with the last
+        self._switched = ExitStack()
 
     @contextmanager
     def use(self, segments: Sequence[Segment]) -> Iterator[None]:
-        """Put a batch's segments in force for one forward pass.
+        """Put a batch's segments in force for one forward pass of this thread.
 
         Raises InvalidInput at the end when a layer of the model did not ask our attention: it would have mixed
         sequences that must not see each other.
         """
-        layout = PackedLayout(segments)
-        for module in self._modules:
-            setattr(module, _OWNER, layout)
-        with self._switch.engaged(), self._norms.engaged():
+        layout = _in_force.layout = PackedLayout(segments)
+        with self._switched_model():
             yield
         if layout.calls != self._num_layers:
             raise InvalidInput(
                 f"only {layout.calls} of the backbone's {self._num_layers} layers have an attention that this server "
                 "can replace, so it cannot learn on packed batches; choose another backbone"
             )
+
+    @contextmanager
+    def _switched_model(self) -> Iterator[None]:
+        with self._lock:
+            if self._passes == 0:
+                self._switched.enter_context(self._switch.engaged())
+                self._switched.enter_context(self._norms.engaged())
+            self._passes += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._passes -= 1
+                if self._passes == 0:
+                    self._switched.close()
+
+
+class _InForce(threading.local):
+    """The layout of the batch that this thread computes."""
+
+    layout: PackedLayout
+
+
+_in_force = _InForce()
 
 
 class PackedLayout:
@@ -284,7 +307,7 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """The function that transformers calls by NAME."""
     refuse_extras(extras)
-    layout: PackedLayout = getattr(module, _OWNER)
+    layout = _in_force.layout
     layout.calls += 1
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     attend = attend_blocks if query.device.type == "cpu" else attend_rows

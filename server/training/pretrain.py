@@ -100,12 +100,13 @@ class _Run:
         """Step until done; False when stopped early. Either way the state is on disk."""
         config, trainer = self._config, self._trainer
         sampler = BatchSampler(self._data.train, config.sequences_per_step, config.trainer.seed, config.sampling)
-        pieces = sampler.pieces_from_step(trainer.step_count, config.batch_size, self._processes)
+        piece_size = trainer.lanes.piece_size(config.batch_size)
+        shares = sampler.from_step(trainer.step_count, piece_size, self._processes)
         report_every = _STEPS_A_REPORT[trainer.device.type]
         losses: list[Tensor] = []
         since = time.perf_counter()
         while trainer.step_count < config.trainer.steps and not should_stop():
-            losses.append(trainer.step(*next(pieces)))
+            losses.append(trainer.step(*next(shares)))
             step = trainer.step_count
             measure = config.alignment_every and step % config.alignment_every == 0
             save = step % config.checkpoint_every == 0

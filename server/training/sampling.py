@@ -88,21 +88,23 @@ class BatchSampler:
         self._groups_per_step = min(max(1, batch_size // rows), self._num_groups)
         self.steps_per_epoch = self._num_groups // self._groups_per_step
 
-    def from_step(self, step: int) -> Iterator[Batch]:
-        """The batches of `step`, `step` + 1, …, each a whole step."""
-        for groups in self._steps(step):
-            yield _collate(groups)
-
-    def pieces_from_step(self, step: int, piece_size: int, processes: Processes = ALONE) -> Iterator[list[Batch]]:
-        """This process's share of `step`, `step` + 1, …, in batches of at most `piece_size` sequences.
+    def from_step(
+        self, step: int, piece_size: int | None = None, processes: Processes = ALONE
+    ) -> Iterator[list[Batch]]:
+        """This process's share of `step`, `step` + 1, …: one batch, or batches of at most `piece_size` sequences.
 
         The shares of all processes are the whole step, and no group is cut.
         """
-        groups_per_piece = max(1, piece_size // self._config.rows_per_task)
         for groups in self._steps(step):
-            first = len(groups) * processes.rank // processes.world_size
-            end = len(groups) * (processes.rank + 1) // processes.world_size
-            yield [_collate(groups[i : min(i + groups_per_piece, end)]) for i in range(first, end, groups_per_piece)]
+            share = groups[processes.rank :: processes.world_size]
+            yield [_collate(piece) for piece in self._pieces(share, piece_size)]
+
+    def _pieces(self, groups: list[list[_Row]], piece_size: int | None) -> list[list[list[_Row]]]:
+        """Groups stand by length, so each piece takes some from all over: pieces take as long as one another."""
+        if piece_size is None or not groups:
+            return [groups] if groups else []
+        pieces = math.ceil(len(groups) / max(1, piece_size // self._config.rows_per_task))
+        return [groups[i::pieces] for i in range(pieces)]
 
     def _steps(self, step: int) -> Iterator[list[list[_Row]]]:
         """The groups of `step`, `step` + 1, …"""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from server.training.attention import PackedAttention
 from server.training.batches import Batch
 from server.training.checkpoint import Checkpoint, describe_differences
 from server.training.distributed import ALONE, Processes
+from server.training.lanes import Lanes
 from server.training.learners import Learner
 from server.training.loss import answer_accuracy, answer_logits, answer_loss
 from server.training.optimizers import OptimizerName, load_state, make_optimizer, state_tensors
@@ -58,6 +60,7 @@ class Trainer:
         self.config = config
         self.step_count = 0
         self.device = next(model.parameters()).device
+        self.lanes = Lanes(self.device)
         self._processes = processes
         self._attention = PackedAttention(model)
         self._optimizer = make_optimizer(config.optimizer, _groups(learner, config))
@@ -65,23 +68,33 @@ class Trainer:
     def step(self, *batches: Batch) -> Tensor:
         """One step on batches as if they were one; returns their loss before the step, on the device.
 
-        The loss is in nats per answer token. Batches are computed one after the other, so that a step may
-        hold more sequences than memory does; reading the loss waits for the device, and nothing else here does.
+        The loss is in nats per answer token. A CPU computes batches side by side, on as many lanes as it has; a GPU
+        one after the other, so that a step may hold more sequences than memory does. Reading the loss waits for the
+        device, and nothing else here does.
         """
         self._set_learning_rates()
         sequences = sum(batch.num_sequences for batch in batches)
-        total = torch.zeros((), device=self.device)
-        for place, batch in enumerate(batches):
-            loss = self.loss(batch, self._noise(place)) * (batch.num_sequences / sequences)
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += loss.detach()
         parameters = list(self._trainable().values())
+        total = torch.zeros((), device=self.device)
+        for loss, gradients in self.lanes.map(
+            partial(self._gradients, parameters, sequences), list(enumerate(batches))
+        ):
+            total += loss
+            _add_gradients(parameters, gradients)
         total = self._processes.average_gradients(parameters, total, weight=sequences)
         nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step_count += 1
         return total
+
+    def _gradients(
+        self, parameters: Sequence[nn.Parameter], sequences: int, place_and_batch: tuple[int, Batch]
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
+        """A batch's part of the loss of a step of so many sequences, and that part's gradients."""
+        place, batch = place_and_batch
+        loss = self.loss(batch, self._noise(place)) * (batch.num_sequences / sequences)
+        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
 
     def loss(self, batch: Batch, noise: torch.Generator | None = None) -> Tensor:
         """Mean negative log-likelihood of the answers: over a sequence's tokens, then over sequences."""
@@ -168,6 +181,12 @@ class Trainer:
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
 
 
 def _groups(learner: Learner, config: TrainerConfig) -> list[dict[str, Any]]:

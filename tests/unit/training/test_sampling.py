@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from server.errors import InvalidInput
-from server.training.batches import EncodedExample
+from server.training.batches import Batch, EncodedExample
 from server.training.distributed import Processes
 from server.training.sampling import BatchSampler, SamplingConfig, TaskSampling
 
@@ -15,11 +15,15 @@ def _encoded(task: int, prompt: int, *answers: int) -> EncodedExample:
     return EncodedExample(task, tuple(range(10, 10 + prompt)), tuple(tuple(range(50, 50 + n)) for n in answers))
 
 
+def _whole_steps(sampler: BatchSampler, first: int, number: int) -> list[Batch]:
+    return [batch for (batch,) in islice(sampler.from_step(first), number)]
+
+
 def test_the_same_step_gives_the_same_batch_whenever_it_is_reached() -> None:
     examples = [_encoded(0, i % 9 + 1, 1, 2, 3) for i in range(50)]
     sampler = BatchSampler(examples, 8, seed=3)
-    straight = list(islice(sampler.from_step(0), 20))
-    resumed = list(islice(BatchSampler(examples, 8, seed=3).from_step(13), 7))
+    straight = _whole_steps(sampler, 0, 20)
+    resumed = _whole_steps(BatchSampler(examples, 8, seed=3), 13, 7)
     for one, other in zip(straight[13:], resumed, strict=True):
         assert torch.equal(one.tokens, other.tokens)
         assert torch.equal(one.targets, other.targets)
@@ -27,7 +31,7 @@ def test_the_same_step_gives_the_same_batch_whenever_it_is_reached() -> None:
 
 def test_an_epoch_shows_examples_once_and_uses_other_answers_in_time() -> None:
     examples = [EncodedExample(i, (10 + i,), ((50,), (51,))) for i in range(32)]
-    batches = list(islice(BatchSampler(examples, 8, seed=0).from_step(0), 4))
+    batches = _whole_steps(BatchSampler(examples, 8, seed=0), 0, 4)
     assert sorted(task for batch in batches for task in batch.tasks.tolist()) == list(range(32))
     assert {token for batch in batches for token in batch.targets.tolist()} == {50, 51}
 
@@ -36,14 +40,15 @@ def test_batches_are_of_similar_length() -> None:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(1, 200, (512,), generator=generator).tolist()
     examples = [_encoded(0, length, 1) for length in lengths]
-    batches = list(islice(BatchSampler(examples, 16, seed=0).from_step(0), 32))
+    batches = _whole_steps(BatchSampler(examples, 16, seed=0), 0, 32)
     longest = [max(segment.context for segment in batch.segments) for batch in batches]
     assert 16 * sum(longest) < 1.15 * sum(example.length for example in examples)
 
 
 def test_fewer_examples_than_a_batch_make_one_smaller_batch() -> None:
     sampler = BatchSampler([_encoded(0, 2, 1), _encoded(0, 3, 1)], 8, seed=0)
-    assert next(sampler.from_step(5)).num_sequences == 2
+    (batch,) = _whole_steps(sampler, 5, 1)
+    assert batch.num_sequences == 2
 
 
 def _uneven() -> list[EncodedExample]:
@@ -53,7 +58,7 @@ def _uneven() -> list[EncodedExample]:
 
 def _drawn(config: SamplingConfig, steps: int, batch_size: int = 8) -> list[list[int]]:
     sampler = BatchSampler(_uneven(), batch_size, seed=0, config=config)
-    return [batch.tokens.tolist() for batch in islice(sampler.from_step(0), steps)]
+    return [batch.tokens.tolist() for batch in _whole_steps(sampler, 0, steps)]
 
 
 def _share_of_the_small_task(config: SamplingConfig) -> float:
@@ -98,7 +103,7 @@ def test_rows_of_a_task_stand_side_by_side(tasks: TaskSampling) -> None:
 def test_a_task_with_fewer_rows_than_a_group_repeats_them() -> None:
     examples = [EncodedExample(0, (100 + i,), ((50,),)) for i in range(3)]
     sampler = BatchSampler(examples, 8, seed=0, config=SamplingConfig(rows_per_task=4))
-    rows = next(sampler.from_step(0)).tokens.tolist()
+    rows = _whole_steps(sampler, 0, 1)[0].tokens.tolist()
     assert len(rows) == 4
     assert set(rows) == {100, 101, 102}
 
@@ -106,22 +111,28 @@ def test_a_task_with_fewer_rows_than_a_group_repeats_them() -> None:
 @pytest.mark.parametrize("config", [SamplingConfig(), SamplingConfig(TaskSampling.UNIFORM, rows_per_task=2)])
 def test_the_same_step_whenever_it_is_reached_under_any_sampling(config: SamplingConfig) -> None:
     straight = _drawn(config, 40)
-    resumed = BatchSampler(_uneven(), 8, seed=0, config=config).from_step(25)
-    assert [batch.tokens.tolist() for batch in islice(resumed, 15)] == straight[25:]
+    resumed = _whole_steps(BatchSampler(_uneven(), 8, seed=0, config=config), 25, 15)
+    assert [batch.tokens.tolist() for batch in resumed] == straight[25:]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_the_shares_of_all_processes_are_the_whole_step(world_size: int) -> None:
     config = SamplingConfig(rows_per_task=2)
     sampler = BatchSampler(_uneven(), 16, seed=0, config=config)
-    whole = [sorted(batch.tokens.tolist()) for batch in islice(sampler.from_step(3), 5)]
-    shares = [
-        list(islice(sampler.pieces_from_step(3, 4, Processes(rank, world_size)), 5)) for rank in range(world_size)
-    ]
+    whole = [sorted(batch.tokens.tolist()) for batch in _whole_steps(sampler, 3, 5)]
+    shares = [list(islice(sampler.from_step(3, 4, Processes(rank, world_size)), 5)) for rank in range(world_size)]
     for step, rows in enumerate(whole):
         pieces = [piece for share in shares for piece in share[step]]
         assert all(piece.num_sequences in (2, 4) for piece in pieces)
         assert sorted(row for piece in pieces for row in piece.tokens.tolist()) == rows
+
+
+def test_the_pieces_of_a_step_are_alike_in_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    examples = [_encoded(0, length, 1) for length in torch.randint(1, 200, (64,), generator=generator).tolist()]
+    for pieces in islice(BatchSampler(examples, 8, seed=0).from_step(0, 4), 8):
+        short, long = sorted(piece.position_ids.max().item() for piece in pieces)
+        assert long - short < 10
 
 
 def test_impossible_settings_are_refused() -> None:

@@ -35,7 +35,8 @@ def _encoded(backbone: Backbone, examples: list[Example]) -> list[EncodedExample
 
 
 def _batches(backbone: Backbone, examples: list[Example], number: int, first: int = 0) -> list[Batch]:
-    return list(islice(BatchSampler(_encoded(backbone, examples), 4, seed=0).from_step(first), number))
+    steps = BatchSampler(_encoded(backbone, examples), 4, seed=0).from_step(first)
+    return [batch for (batch,) in islice(steps, number)]
 
 
 def _learner(inventory: Inventory) -> RoutedLearner:
@@ -157,6 +158,25 @@ def test_accumulated_batches_step_as_one_batch(
         assert parts.step(collate(rows[:5]), collate(rows[5:7]), collate(rows[7:])).item() == pytest.approx(loss.item())
     for name, value in whole.copy_parameters().items():
         torch.testing.assert_close(parts.copy_parameters()[name], value, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_batches_side_by_side_step_as_one_after_the_other(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], noise: bool
+) -> None:
+    encoded = _encoded(backbone, [*examples, Example("another", ("a much longer answer",))])
+    steps = [[collate(encoded[first : first + 3]) for first in range(start, start + 12, 3)] for start in (0, 12)]
+    alone = _trainer(backbone, _learner(inventory), noise=noise)
+    losses = [alone.step(*batches).item() for batches in steps]
+    torch.set_num_threads(4)
+    try:
+        side_by_side = _trainer(backbone, _learner(inventory), noise=noise)
+        assert side_by_side.lanes.number == 4
+        assert [side_by_side.step(*batches).item() for batches in steps] == pytest.approx(losses)
+    finally:
+        torch.set_num_threads(1)
+    for name, value in alone.copy_parameters().items():
+        torch.testing.assert_close(side_by_side.copy_parameters()[name], value, rtol=1e-5, atol=1e-5)
 
 
 def test_a_checkpoint_of_other_settings_is_refused_with_their_names(backbone: Backbone, inventory: Inventory) -> None:
