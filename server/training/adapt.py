@@ -179,7 +179,7 @@ class JobContext(Protocol):
         ...
 
     def save(self, checkpoint: bytes) -> None:
-        """Given a state from which the same adaptation can go on."""
+        """Given a state from which the same adaptation can go on; may raise what went wrong with an earlier one."""
         ...
 
 

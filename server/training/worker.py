@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from adapters_store.errors import LeaseLost, StoreError
@@ -151,6 +152,7 @@ class Worker:
         if lease.cancelled:
             self._store.finish_job(job.id, self._worker_id, "cancelled", error="cancelled by request")
             return "cancelled"
+        lease.finish_saving()
         self._store.release_job(job.id, self._worker_id)
         return "released"
 
@@ -180,6 +182,8 @@ class Lease:
         self._progress: dict[str, Any] = dict(job.progress)
         self._pace = _Pace()
         self._thread = threading.Thread(target=self._keep_renewing, name=f"lease-{job.id}", daemon=True)
+        self._saver = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint-{job.id}")
+        self._saving: Future[None] | None = None
 
     def __enter__(self) -> Lease:
         self._thread.start()
@@ -188,6 +192,7 @@ class Lease:
     def __exit__(self, *error: object) -> None:
         self._over.set()
         self._thread.join()
+        self._saver.shutdown()
 
     def should_stop(self) -> bool:
         if self._lost:
@@ -201,7 +206,15 @@ class Lease:
         self._store.append_event(self._job_id, event, data)
 
     def save(self, checkpoint: bytes) -> None:
-        self._store.save_checkpoint(self._job_id, checkpoint)
+        """Write a checkpoint while the job goes on; raises what went wrong with the one before."""
+        self.finish_saving()
+        self._saving = self._saver.submit(self._store.save_checkpoint, self._job_id, checkpoint)
+
+    def finish_saving(self) -> None:
+        """Wait until the last checkpoint is on the disk; raises what went wrong with it."""
+        if self._saving is not None:
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def renew(self) -> None:
         """Hold the job for another while and note its progress. Raises LeaseLost."""

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import threading
 import time
 from collections.abc import Iterator
@@ -208,6 +209,41 @@ def test_a_lease_taken_by_another_worker_stops_the_training(store: Store) -> Non
         time.sleep(0.1)  # the background renewal notices too
         with pytest.raises(LeaseLost):
             lease.should_stop()
+
+
+def test_a_checkpoint_is_written_while_the_job_goes_on(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    _queue(store)
+    claimed = store.claim_job("worker-1", lease_s=60.0)
+    assert claimed is not None
+    save, may_write = store.save_checkpoint, threading.Event()
+
+    def save_slowly(job_id: str, data: bytes) -> None:
+        assert may_write.wait(30)
+        save(job_id, data)
+
+    monkeypatch.setattr(store, "save_checkpoint", save_slowly)
+    with Lease(store, claimed, "worker-1", 60.0, threading.Event()) as lease:
+        lease.save(b"a state")
+        assert store.load_checkpoint(claimed.id) is None
+        may_write.set()
+        lease.finish_saving()
+        assert store.load_checkpoint(claimed.id) == b"a state"
+        lease.save(b"another")
+    assert store.load_checkpoint(claimed.id) == b"another"
+
+
+def test_a_checkpoint_that_cannot_be_written_fails_the_job(
+    store: Store, backbone: Backbone, catalog: TaskCatalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(job_id: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "save_checkpoint", fail)
+    job = _queue(store, hyperparameters={"steps": 10, "evaluate_every": 2, "patience": 100})
+    _run(store, backbone, catalog)
+    failed = store.get_job(job.id)
+    assert failed.status == "failed"
+    assert "No space left on device" in (failed.error or "")
 
 
 def test_a_spec_holds_out_what_the_request_says() -> None:
