@@ -152,7 +152,10 @@ class Worker:
         if lease.cancelled:
             self._store.finish_job(job.id, self._worker_id, "cancelled", error="cancelled by request")
             return "cancelled"
-        lease.finish_saving()
+        try:
+            lease.finish_saving()
+        except (OSError, StoreError) as error:
+            log.warning("the job goes back with an older checkpoint", action="job.save", job=job.id, error=str(error))
         self._store.release_job(job.id, self._worker_id)
         return "released"
 

@@ -19,7 +19,7 @@ from server.backbone import Backbone
 from server.inventories import import_inventory
 from server.tasks import TaskCatalog
 from server.training import worker as worker_module
-from server.training.adapt import AdaptResult
+from server.training.adapt import AdaptResult, Stopped
 from server.training.worker import MAX_ATTEMPTS, Lease, Worker, make_spec
 from tests.support.tiny_server import random_inventory
 
@@ -185,6 +185,28 @@ def test_a_stopping_worker_gives_the_job_back_and_the_next_goes_on(
     steps = [event.data["step"] for event in store.list_events(job.id) if event.type == "step"]
     assert resumed.data["step"] >= 7
     assert steps == list(range(1, 61))
+
+
+def test_a_job_is_given_back_though_its_state_cannot_be_written(
+    store: Store, backbone: Backbone, catalog: TaskCatalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = _queue(store)
+    stopping = Stopping(store)
+
+    def fail(job_id: str, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def stop_with_the_last_state_unwritten(*request: object) -> None:
+        lease = request[4]
+        assert isinstance(lease, Lease)
+        lease.save(b"a state")
+        stopping.set()
+        raise Stopped
+
+    monkeypatch.setattr(store, "save_checkpoint", fail)
+    monkeypatch.setattr(worker_module, "adapt", stop_with_the_last_state_unwritten)
+    Worker(store, lambda: (backbone, catalog), "worker-1").run(stopping)  # type: ignore[arg-type]
+    assert store.get_job(job.id).status == "queued"
 
 
 def test_a_job_that_kills_its_workers_is_given_up(store: Store, backbone: Backbone, catalog: TaskCatalog) -> None:
