@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 from torch import Tensor, nn
 
@@ -45,3 +47,11 @@ def test_mixes_nest_and_end_with_their_block_also_after_an_error() -> None:
             pass
         assert context.mix is outer
     assert context.mix is None
+
+
+def test_every_thread_has_its_own_mix_in_force() -> None:
+    linear, context = make()
+    x = torch.randn(2, 8)
+    with ThreadPoolExecutor(1) as other, context.use(AddOne()):
+        assert torch.equal(other.submit(linear, x).result(), linear.base(x))
+        assert torch.equal(linear(x), linear.base(x) + 1)
