@@ -40,9 +40,11 @@ def test_lanes_share_out_torchs_threads_and_give_them_back(items: int, each: int
 
 
 def test_an_error_reaches_the_caller_when_all_lanes_have_ended() -> None:
+    all_begun = threading.Barrier(3, timeout=30)
     ended = []
 
     def fail_at_once_or_end_late(item: int) -> None:
+        all_begun.wait()
         if item == 1:
             raise ValueError("the first item")
         time.sleep(0.2)
