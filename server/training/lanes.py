@@ -1,9 +1,8 @@
 """Lanes: the batches of a step computed side by side on a CPU.
 
 Threads that share every operator of one batch wait for each other thousands of times a step; threads with a batch each
-wait once. Measured for 8 sequences of one task, 474 tokens, SmolLM2 in fp32 on two cores without AVX-512, median of a
-step: 4.6 s on one thread, 3.3 s with two that spin while they wait for each other, 3.9 s with two that sleep, 2.9 s
-with a batch each.
+wait once, and compute a task's instruction once each. Measured in turns for 8 sequences of one task, SmolLM2 in fp32 on
+two cores without AVX-512, median of a step: 1.77 s sharing and 1.50 s apart with 141 tokens, 3.68 and 3.35 s with 420.
 """
 
 from __future__ import annotations
