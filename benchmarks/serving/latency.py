@@ -155,7 +155,7 @@ def start_job(server: ServerProcess) -> str:
             "examples": examples,
             "method": "mhr",
             "promote": "never",
-            "hyperparameters": {"steps": 10_000, "evaluate_every": 10_000},
+            "hyperparameters": {"steps": 10_000, "evaluate_every": 10_000, "rest": 0},
         },
     )
     deadline_s = time.monotonic() + JOB_START_TIMEOUT_S

@@ -28,6 +28,7 @@ from server.training.learners import (
     mean_learner,
     routing_learner,
 )
+from server.training.rest import Rest
 from server.training.sampling import BatchSampler
 from server.training.trainer import Trainer, TrainerConfig
 from server.training.validation import Validation, chance
@@ -108,6 +109,9 @@ class Hyperparameters(BaseModel):
     noise: bool = Field(default=False, description="draw routing weights from a relaxed Bernoulli in training")
     evaluate_every: int = Field(default=10, ge=1, description="steps between validations")
     patience: int = Field(default=3, ge=1, description="validations below the best that end the job")
+    rest: int = Field(
+        default=3, ge=0, description="turns that an example sits out once it is known by heart; 0 for none"
+    )
     rank: int = Field(default=4, ge=1, le=256, description="rank of a `lora`")
     alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
 
@@ -217,11 +221,14 @@ def adapt(
     trainer = Trainer(backbone.model, inject(backbone.model), learner, _trainer_config(spec))
     before = _validate_served(trainer, served, spec, backbone)
     context.report("validation", {"step": 0, "of": "served", **asdict(before)})
-    search = _Search(trainer, validation, spec.hyperparameters, context)
+    sampler = BatchSampler(train, spec.hyperparameters.batch_size, spec.seed)
+    search = _Search(
+        trainer, sampler, Rest(train, spec.hyperparameters.rest), validation, spec.hyperparameters, context
+    )
     if checkpoint is not None:
         search.load(checkpoint)
         context.report("from_checkpoint", {"step": trainer.step_count})
-    search.run(BatchSampler(train, spec.hyperparameters.batch_size, spec.seed))
+    search.run()
     after = search.restore_kept()
     metrics = {
         "accuracy_before": before.accuracy,
@@ -267,9 +274,17 @@ class _Search:
     """
 
     def __init__(
-        self, trainer: Trainer, validation: Sequence[Batch], settings: Hyperparameters, context: JobContext
+        self,
+        trainer: Trainer,
+        sampler: BatchSampler,
+        rest: Rest,
+        validation: Sequence[Batch],
+        settings: Hyperparameters,
+        context: JobContext,
     ) -> None:
         self._trainer = trainer
+        self._sampler = sampler
+        self._rest = rest
         self._validation = validation
         self._examples = sum(batch.num_sequences for batch in validation)
         self._settings = settings
@@ -279,17 +294,17 @@ class _Search:
         self._kept_parameters: Mapping[str, Tensor] = {}
         self.kept_step = 0
 
-    def run(self, sampler: BatchSampler) -> None:
+    def run(self) -> None:
         if self._kept is None:
             self._validate()
         piece_size = self._trainer.lanes.piece_size(self._settings.batch_size)
-        for batches in sampler.from_step(self._trainer.step_count, piece_size):
+        for batches in self._sampler.from_step(self._trainer.step_count, piece_size, rest=self._rest):
             if self._done():
                 return
             if self._context.should_stop():
                 self._context.save(self._state())
                 raise Stopped
-            loss = self._trainer.step(*batches).item()
+            loss = self._step(batches)
             step = self._trainer.step_count
             self._context.report("step", {"step": step, "steps": self._settings.steps, "loss": round(loss, 5)})
             if step % self._settings.evaluate_every == 0 or step == self._settings.steps:
@@ -297,9 +312,18 @@ class _Search:
                 if not self._done():
                     self._context.save(self._state())
 
+    def _step(self, batches: Sequence[Batch]) -> float:
+        """One step; returns its loss, to which examples that rest have added nothing."""
+        epoch = self._trainer.step_count // self._sampler.steps_per_epoch
+        examples = [example for batch in batches for example in batch.examples]
+        loss = self._trainer.step(*batches, at_rest=self._sampler.sequences_per_step - len(examples))
+        self._rest.note(examples, loss.of_sequences.tolist(), epoch)
+        return loss.mean.item()
+
     def load(self, checkpoint: bytes) -> None:
         """Go on from a checkpoint of the same adaptation."""
         notes, self._kept_parameters = self._trainer.load_bytes(checkpoint)
+        self._rest.load(notes.get("rest", self._rest.state()))  # checkpoints of older servers have none
         self._kept, self.kept_step = Validation(**notes["kept"]), notes["kept_step"]
         self._best_accuracy = notes["best_accuracy"]
 
@@ -325,7 +349,12 @@ class _Search:
 
     def _state(self) -> bytes:
         assert self._kept is not None
-        notes = {"kept": asdict(self._kept), "kept_step": self.kept_step, "best_accuracy": self._best_accuracy}
+        notes = {
+            "kept": asdict(self._kept),
+            "kept_step": self.kept_step,
+            "best_accuracy": self._best_accuracy,
+            "rest": self._rest.state(),
+        }
         return self._trainer.to_bytes(notes, self._kept_parameters)
 
 

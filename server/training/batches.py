@@ -65,10 +65,18 @@ class Batch:
     tasks: Tensor  # (N,) the distinct tasks of the batch
     answers: Tensor  # (P,) places in S whose next token is an answer's
     targets: Tensor  # (P,) those next tokens
-    weights: Tensor  # (P,) sums to 1: every sequence counts alike, and so does every token within it
+    examples: tuple[EncodedExample, ...]  # B: what each sequence shows
+    answer_lengths: tuple[int, ...]  # B: how many of P are its answer's
     lengths: tuple[int, ...]  # N: the tokens of each task
     segments: tuple[Segment, ...]  # cover S in order: shared prefixes and what follows on them, or whole sequences
-    num_sequences: int
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.examples)
+
+    def mean_by_sequence(self, values: Tensor) -> Tensor:
+        """values (P,) -> their means over each sequence's answer (B,)."""
+        return torch.stack([own.mean() for own in torch.split(values, list(self.answer_lengths))])
 
     def to(self, device: torch.device) -> Batch:
         moved: dict[str, Any] = {
@@ -110,8 +118,8 @@ def collate(examples: Sequence[EncodedExample], choices: Sequence[int] | None = 
     """One packed batch; `choices` picks one of each example's answers, the first by default."""
     by_task: dict[int, list[_Sequence]] = {}
     for example, choice in zip(examples, choices or [0] * len(examples), strict=True):
-        by_task.setdefault(example.task, []).append((example.prompt, example.answers[choice]))
-    packing = _Packing(len(examples))
+        by_task.setdefault(example.task, []).append((example, example.answers[choice]))
+    packing = _Packing()
     for task in sorted(by_task):
         packing.add_task(by_task[task])
     return packing.batch(sorted(by_task))
@@ -127,31 +135,32 @@ def shared_prefix(prompts: Sequence[tuple[int, ...]]) -> int:
     return next((i for i in range(longest) if first[i] != last[i]), longest)
 
 
-_Sequence = tuple[tuple[int, ...], tuple[int, ...]]  # prompt, answer
+_Sequence = tuple[EncodedExample, tuple[int, ...]]  # and the answer that it shows
 
 
 class _Packing:
     """Tokens laid one after another, with what the loss and the attention need to know of them."""
 
-    def __init__(self, num_sequences: int) -> None:
-        self._num_sequences = num_sequences
+    def __init__(self) -> None:
         self._tokens: list[int] = []
         self._position_ids: list[int] = []
         self._answers: list[int] = []
         self._targets: list[int] = []
-        self._weights: list[float] = []
+        self._examples: list[EncodedExample] = []
+        self._answer_lengths: list[int] = []
         self._lengths: list[int] = []
         self._segments: list[Segment] = []
 
     def add_task(self, sequences: Sequence[_Sequence]) -> None:
         """All sequences of one task; each keeps its last prompt token, where the loss begins, for itself."""
         start = len(self._tokens)
-        shared = shared_prefix([prompt for prompt, _ in sequences])
+        shared = shared_prefix([example.prompt for example, _ in sequences])
         if shared:
-            self._add_segment(sequences[0][0][:shared])
-        for prompt, answer in sequences:
-            self._add_segment((*prompt[shared:], *answer[:-1]), (start, start + shared))
+            self._add_segment(sequences[0][0].prompt[:shared])
+        for example, answer in sequences:
+            self._add_segment((*example.prompt[shared:], *answer[:-1]), (start, start + shared))
             self._add_answer(answer)
+            self._examples.append(example)
         self._lengths.append(len(self._tokens) - start)
 
     def _add_segment(self, tokens: Sequence[int], prefix: tuple[int, int] = (0, 0)) -> None:
@@ -165,7 +174,7 @@ class _Packing:
         stop = len(self._tokens)
         self._answers += range(stop - len(answer), stop)
         self._targets += answer
-        self._weights += [1.0 / (self._num_sequences * len(answer))] * len(answer)
+        self._answer_lengths.append(len(answer))
 
     def batch(self, tasks: Sequence[int]) -> Batch:
         return Batch(
@@ -174,8 +183,8 @@ class _Packing:
             tasks=torch.tensor(tasks),
             answers=torch.tensor(self._answers),
             targets=torch.tensor(self._targets),
-            weights=torch.tensor(self._weights),
+            examples=tuple(self._examples),
+            answer_lengths=tuple(self._answer_lengths),
             lengths=tuple(self._lengths),
             segments=tuple(self._segments),
-            num_sequences=self._num_sequences,
         )

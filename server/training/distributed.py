@@ -34,12 +34,12 @@ class Processes:
     def average_gradients(self, parameters: Sequence[nn.Parameter], loss: Tensor, weight: float) -> Tensor:
         """Replace the gradients by their mean over the processes, each counting by its weight; returns the mean loss.
 
-        A process that had nothing to compute takes part with weight 0 and no gradients.
+        A process that had nothing to compute takes part with weight 0.
         """
         if self.world_size == 1:
             return loss
-        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        flat = torch.cat([*(g.flatten() for g in gradients), loss.reshape(1), loss.new_ones(1)]) * weight
+        gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+        flat = torch.cat([*gradients, loss.reshape(1), loss.new_ones(1)]) * weight
         dist.all_reduce(flat)
         flat /= flat[-1].clone()
         parts = torch.split(flat[:-2], [p.numel() for p in parameters])

@@ -25,7 +25,7 @@ def gradient_alignment(trainer: Trainer, batches: Sequence[Batch]) -> float:
     total = [torch.zeros_like(parameter) for parameter in parameters]
     squares = torch.zeros((), dtype=torch.float64, device=total[0].device)
     for batch in batches:
-        gradients = torch.autograd.grad(trainer.loss(batch), parameters)
+        gradients = torch.autograd.grad(trainer.losses(batch).mean(), parameters)
         norm = _square(gradients).sqrt().clamp_min(1e-30)
         units = [gradient / norm.to(gradient.dtype) for gradient in gradients]
         squares += _square(units)

@@ -35,11 +35,11 @@ def answer_logits(
     return logits.float()
 
 
-def answer_loss(logits: Tensor, batch: Batch) -> Tensor:
-    """Mean negative log-likelihood of a batch's answers, in nats: over a sequence's tokens, then over sequences."""
-    return (F.cross_entropy(logits, batch.targets, reduction="none") * batch.weights).sum()
+def answer_losses(logits: Tensor, batch: Batch) -> Tensor:
+    """(B,) negative log-likelihood of each sequence's answer, in nats per token."""
+    return batch.mean_by_sequence(F.cross_entropy(logits, batch.targets, reduction="none"))
 
 
-def answer_accuracy(logits: Tensor, batch: Batch) -> Tensor:
-    """The share of the answers' tokens that have the highest logit, averaged in the same way."""
-    return ((logits.argmax(dim=-1) == batch.targets) * batch.weights).sum()
+def answer_accuracies(logits: Tensor, batch: Batch) -> Tensor:
+    """(B,) the share of each answer's tokens that have the highest logit."""
+    return batch.mean_by_sequence((logits.argmax(dim=-1) == batch.targets).float())

@@ -106,7 +106,7 @@ class _Run:
         losses: list[Tensor] = []
         since = time.perf_counter()
         while trainer.step_count < config.trainer.steps and not should_stop():
-            losses.append(trainer.step(*next(shares)))
+            losses.append(trainer.step(*next(shares)).mean)
             step = trainer.step_count
             measure = config.alignment_every and step % config.alignment_every == 0
             save = step % config.checkpoint_every == 0

@@ -12,6 +12,7 @@ import torch
 from server.errors import InvalidInput
 from server.training.batches import Batch, EncodedExample, collate
 from server.training.distributed import ALONE, Processes
+from server.training.rest import Rest
 
 # Steps are cut from windows of this many steps sorted by length: little padding, and still a random mix.
 _WINDOW = 16
@@ -87,16 +88,20 @@ class BatchSampler:
         )
         self._groups_per_step = min(max(1, batch_size // rows), self._num_groups)
         self.steps_per_epoch = self._num_groups // self._groups_per_step
+        self.sequences_per_step = self._groups_per_step * rows
 
     def from_step(
-        self, step: int, piece_size: int | None = None, processes: Processes = ALONE
+        self, step: int, piece_size: int | None = None, processes: Processes = ALONE, rest: Rest | None = None
     ) -> Iterator[list[Batch]]:
         """This process's share of `step`, `step` + 1, …: one batch, or batches of at most `piece_size` sequences.
 
-        The shares of all processes are the whole step, and no group is cut.
+        The shares of all processes are the whole step, and no group is cut. Examples that rest are left out, as `rest`
+        says when the step is asked for; a step of which nothing remains has no batch.
         """
-        for groups in self._steps(step):
+        for epoch, groups in self._steps(step):
             share = groups[processes.rank :: processes.world_size]
+            if rest is not None:
+                share = _without_resting(share, rest, epoch)
             yield [_collate(piece) for piece in self._pieces(share, piece_size)]
 
     def _pieces(self, groups: list[list[_Row]], piece_size: int | None) -> list[list[list[_Row]]]:
@@ -106,12 +111,12 @@ class BatchSampler:
         pieces = math.ceil(len(groups) / max(1, piece_size // self._config.rows_per_task))
         return [groups[i::pieces] for i in range(pieces)]
 
-    def _steps(self, step: int) -> Iterator[list[list[_Row]]]:
-        """The groups of `step`, `step` + 1, …"""
+    def _steps(self, step: int) -> Iterator[tuple[int, list[list[_Row]]]]:
+        """The epoch and the groups of `step`, `step` + 1, …"""
         while True:
             epoch, first = divmod(step, self.steps_per_epoch)
             for groups in self._epoch(epoch)[first:]:
-                yield groups
+                yield epoch, groups
                 step += 1
 
     def _epoch(self, epoch: int) -> list[list[list[_Row]]]:
@@ -165,6 +170,11 @@ def _turns(indices: Sequence[int], rows: int) -> Iterator[list[int]]:
     while True:
         yield [indices[(place + i) % len(indices)] for i in range(rows)]
         place += rows
+
+
+def _without_resting(groups: Sequence[Sequence[_Row]], rest: Rest, epoch: int) -> list[list[_Row]]:
+    awake = ([row for row in group if rest.is_over(row.example, epoch)] for group in groups)
+    return [group for group in awake if group]
 
 
 def _collate(groups: Sequence[Sequence[_Row]]) -> Batch:

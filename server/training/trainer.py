@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from server.training.checkpoint import Checkpoint, describe_differences
 from server.training.distributed import ALONE, Processes
 from server.training.lanes import Lanes
 from server.training.learners import Learner
-from server.training.loss import answer_accuracy, answer_logits, answer_loss
+from server.training.loss import answer_accuracies, answer_logits, answer_losses
 from server.training.optimizers import OptimizerName, load_state, make_optimizer, state_tensors
 from server.training.validation import Validation
 
@@ -37,6 +37,13 @@ class TrainerConfig:
     clip_norm: float = 1.0
     noise: bool = False  # draw routing weights from a relaxed Bernoulli in training
     seed: int = 0
+
+
+class StepLoss(NamedTuple):
+    """In nats per answer token, before the step, on the device."""
+
+    mean: Tensor  # () over the sequences of the step, of all processes
+    of_sequences: Tensor  # (B,) of this process, in the order of its batches
 
 
 class Trainer:
@@ -65,41 +72,43 @@ class Trainer:
         self._attention = PackedAttention(model)
         self._optimizer = make_optimizer(config.optimizer, _groups(learner, config))
 
-    def step(self, *batches: Batch) -> Tensor:
-        """One step on batches as if they were one; returns their loss before the step, on the device.
+    def step(self, *batches: Batch, at_rest: int = 0) -> StepLoss:
+        """One step on batches as if they were one, and as if so many sequences more had a loss of zero.
 
-        The loss is in nats per answer token. A CPU computes batches side by side, on as many lanes as it has; a GPU
-        one after the other, so that a step may hold more sequences than memory does. Reading the loss waits for the
-        device, and nothing else here does.
+        A CPU computes batches side by side, on as many lanes as it has; a GPU one after the other, so that a step may
+        hold more sequences than memory does. Reading the loss waits for the device, and nothing else here does.
         """
         self._set_learning_rates()
-        sequences = sum(batch.num_sequences for batch in batches)
+        sequences = sum(batch.num_sequences for batch in batches) + at_rest
         parameters = list(self._trainable().values())
-        total = torch.zeros((), device=self.device)
-        for loss, gradients in self.lanes.map(
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        losses = [torch.empty(0, device=self.device)]
+        for of_batch, gradients in self.lanes.map(
             partial(self._gradients, parameters, sequences), list(enumerate(batches))
         ):
-            total += loss
+            losses.append(of_batch)
             _add_gradients(parameters, gradients)
-        total = self._processes.average_gradients(parameters, total, weight=sequences)
+        of_sequences = torch.cat(losses)
+        mean = self._processes.average_gradients(parameters, of_sequences.sum() / max(1, sequences), weight=sequences)
         nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self.step_count += 1
-        return total
+        return StepLoss(mean, of_sequences)
 
     def _gradients(
         self, parameters: Sequence[nn.Parameter], sequences: int, place_and_batch: tuple[int, Batch]
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """A batch's part of the loss of a step of so many sequences, and that part's gradients."""
+        """A batch's losses, and the gradients of its part in the mean over so many sequences."""
         place, batch = place_and_batch
-        loss = self.loss(batch, self._noise(place)) * (batch.num_sequences / sequences)
-        return loss.detach(), torch.autograd.grad(loss, parameters, allow_unused=True)
+        losses = self.losses(batch, self._noise(place))
+        return losses.detach(), torch.autograd.grad(losses.sum() / sequences, parameters, allow_unused=True)
 
-    def loss(self, batch: Batch, noise: torch.Generator | None = None) -> Tensor:
-        """Mean negative log-likelihood of the answers: over a sequence's tokens, then over sequences."""
+    def losses(self, batch: Batch, noise: torch.Generator | None = None) -> Tensor:
+        """(B,) negative log-likelihood of each sequence's answer, in nats per token."""
         batch = batch.to(self.device)
-        return answer_loss(self._logits(batch, self.learner, noise), batch)
+        return answer_losses(self._logits(batch, self.learner, noise), batch)
 
     @torch.inference_mode()
     def validate(self, batches: Iterable[Batch], learner: Learner | None = None) -> Validation:
@@ -108,8 +117,7 @@ class Trainer:
         for host_batch in batches:
             batch = host_batch.to(self.device)
             logits = self._logits(batch, learner or self.learner, None)
-            scores = torch.stack((answer_accuracy(logits, batch), answer_loss(logits, batch)))
-            totals += scores * batch.num_sequences
+            totals += torch.stack((answer_accuracies(logits, batch), answer_losses(logits, batch))).sum(dim=1)
             sequences += batch.num_sequences
         accuracy, loss = (totals / sequences).tolist()
         return Validation(round(accuracy, 5), round(loss, 5))
@@ -186,7 +194,8 @@ def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
-            parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+            assert parameter.grad is not None
+            parameter.grad += gradient
 
 
 def _groups(learner: Learner, config: TrainerConfig) -> list[dict[str, Any]]:

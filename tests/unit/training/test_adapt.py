@@ -159,6 +159,43 @@ def test_an_adaptation_taken_up_again_ends_as_if_it_had_not_stopped(
         assert torch.equal(result.adapter.weights[linear].A, pair.A)
 
 
+@pytest.fixture
+def easily_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tiny backbone's logits are too small for a loss much below 0.9."""
+    monkeypatch.setattr("server.training.rest._KNOWN", 1.0)
+
+
+def test_what_is_known_by_heart_rests_and_stays_known(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], easily_known: None
+) -> None:
+    def learn(rest: int) -> tuple[AdaptResult, list[float]]:
+        recorder = Recorder()
+        spec = _spec(examples, steps=60, evaluate_every=60, batch_size=3, adapter_lr=3e-2, rest=rest)
+        return adapt(replace(spec, validation=spec.examples), backbone, inventory, None, recorder), recorder.losses
+
+    (always, all_losses), (resting, losses) = learn(0), learn(3)
+    assert min(all_losses) > 0.0
+    assert losses.count(0.0) > 20  # steps of which all rested
+    before = next(step for step, loss in enumerate(all_losses) if loss < 1.1)
+    assert losses[:before] == all_losses[:before]
+    assert resting.after.accuracy == always.after.accuracy == 1.0
+    assert resting.after.loss < 1.0
+
+
+def test_a_rest_outlasts_a_stop(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], easily_known: None
+) -> None:
+    spec = _spec(examples, steps=60, evaluate_every=60, batch_size=3, adapter_lr=3e-2)
+    whole, second = Recorder(), Recorder()
+    adapt(spec, backbone, inventory, None, whole)
+    first = Recorder(stop_at=whole.losses.index(0.0))
+    with pytest.raises(Stopped):
+        adapt(spec, backbone, inventory, None, first)
+    adapt(spec, backbone, inventory, None, second, first.checkpoint)
+    assert second.losses[0] == 0.0
+    assert first.losses + second.losses == whole.losses
+
+
 def test_the_seed_decides(backbone: Backbone, inventory: Inventory, examples: list[Example]) -> None:
     def losses(seed: int) -> list[float]:
         recorder = Recorder()

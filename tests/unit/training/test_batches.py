@@ -42,6 +42,8 @@ def test_a_tasks_common_beginning_stands_once() -> None:
     assert batch.position_ids.tolist() == [0, 1, 2, 3, *range(6), 6, 7, 8, 6]
     assert batch.lengths == (4, 10)
     assert batch.segments == (Segment(0, 4), Segment(4, 10), Segment(10, 13, 4, 10), Segment(13, 14, 4, 10))
+    assert [example.task for example in batch.examples] == [4, 7, 7]
+    assert batch.answer_lengths == (1, 2, 1)
     assert batch.num_sequences == 3
 
 
@@ -50,7 +52,7 @@ def test_the_loss_reads_the_answers_alone_and_every_sequence_alike() -> None:
     assert _text(batch.tokens) == "abcx" + "deuvw"
     assert batch.answers.tolist() == [2, 3, 5, 6, 7, 8]
     assert _text(batch.targets) == "xyuvw."
-    assert batch.weights.tolist() == pytest.approx([1 / 4] * 2 + [1 / 8] * 4)
+    assert batch.mean_by_sequence(torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0])).tolist() == [1.5, 4.5]
 
 
 def test_the_choices_pick_the_answers() -> None:
@@ -79,12 +81,12 @@ def test_nothing_is_lost_and_nothing_is_padded(rows: list[tuple[int, str, str]])
     places = [place for segment in batch.segments for place in range(segment.start, segment.stop)]
     assert places == list(range(len(batch.tokens)))
     assert sum(batch.lengths) == len(batch.tokens) <= sum(len(prompt) + len(answer) - 1 for _, prompt, answer in rows)
-    assert batch.weights.sum().item() == pytest.approx(1)
+    assert sum(batch.answer_lengths) == len(batch.answers)
 
 
 def test_moving_a_batch_moves_its_tensors() -> None:
     batch = collate([_encoded(0, "ab", "c")]).to(torch.device("meta"))
-    assert batch.tokens.device.type == batch.weights.device.type == "meta"
+    assert batch.tokens.device.type == batch.targets.device.type == "meta"
     assert batch.segments == (Segment(0, 2),)
 
 

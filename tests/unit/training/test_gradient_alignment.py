@@ -28,7 +28,9 @@ def _batch(task: int, answer: int) -> Batch:
 def test_it_is_the_mean_cosine_over_pairs(trainer: Trainer) -> None:
     batches = [_batch(0, 50), _batch(1, 60), _batch(1, 70)]
     parameters = trainer.learner.adapter_parameters()
-    flat = [torch.cat([g.flatten() for g in torch.autograd.grad(trainer.loss(b), parameters)]) for b in batches]
+    flat = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(trainer.losses(b).mean(), parameters)]) for b in batches
+    ]
     cosines = [torch.cosine_similarity(a, b, dim=0).item() for a, b in combinations(flat, 2)]
     assert gradient_alignment(trainer, batches) == pytest.approx(sum(cosines) / 3, abs=1e-6)
 

@@ -16,7 +16,7 @@ from server.errors import InvalidInput
 from server.training import attention
 from server.training.attention import PackedAttention
 from server.training.batches import EncodedExample, collate
-from server.training.loss import answer_accuracy, answer_logits, answer_loss
+from server.training.loss import answer_accuracies, answer_logits, answer_losses
 
 _SMALL = {
     "hidden_size": 32,
@@ -93,7 +93,7 @@ def _one_by_one(model: PreTrainedModel, adapters: Pairs, examples: Sequence[Enco
 
 def _packed(model: PreTrainedModel, adapters: Pairs, examples: Sequence[EncodedExample]) -> Tensor:
     batch = collate(examples).to(model.device)
-    return answer_loss(answer_logits(model, inject(model), PackedAttention(model), adapters, batch), batch)
+    return answer_losses(answer_logits(model, inject(model), PackedAttention(model), adapters, batch), batch).mean()
 
 
 def _compare(model: PreTrainedModel, examples: Sequence[EncodedExample], tolerance: float) -> None:
@@ -199,6 +199,6 @@ def test_accuracy_is_of_tokens_and_every_sequence_counts_alike() -> None:
     logits = torch.full((3, 8), -1.0)
     for place, target in enumerate(batch.targets.tolist()):
         logits[place, target] = 1.0
-    assert answer_accuracy(logits, batch).item() == pytest.approx(1.0)
+    assert answer_accuracies(logits, batch).tolist() == [1.0, 1.0]
     logits[batch.targets.tolist().index(4)] = 0.0  # one of the two tokens of one of the two sequences
-    assert answer_accuracy(logits, batch).item() == pytest.approx(0.75)
+    assert answer_accuracies(logits, batch).tolist() == [0.5, 1.0]

@@ -24,7 +24,7 @@ from server.training.pretrain import PretrainProgress, make_learner, pretrain
 from server.training.pretrain_config import PretrainConfig, PretrainMethod, choose_layout
 from server.training.pretrain_data import load_data
 from server.training.run_folder import read_log
-from server.training.trainer import Trainer, TrainerConfig
+from server.training.trainer import StepLoss, Trainer, TrainerConfig
 
 
 @pytest.fixture
@@ -129,7 +129,7 @@ def test_a_private_skill_learns_from_its_own_task_alone(backbone: Backbone, data
     learner = make_learner(config, backbone, 2)
     trainer = Trainer(backbone.model, inject(backbone.model), learner, config.trainer)
     mine = [example for example in load_data(config, backbone).train if example.task == 1][:4]
-    trainer.loss(collate(mine)).backward()
+    trainer.losses(collate(mine)).mean().backward()
     for B in learner.B:
         assert B.grad is not None
         assert not B.grad[:, :, 0].any()
@@ -269,7 +269,8 @@ def test_a_log_that_went_missing_is_named(backbone: Backbone, data: Path, begun:
 def test_a_loss_that_is_not_a_number_stops_the_run(
     backbone: Backbone, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Trainer, "step", lambda self, *batches: torch.tensor(float("nan")))
+    lost = torch.tensor(float("nan"))
+    monkeypatch.setattr(Trainer, "step", lambda self, *batches: StepLoss(lost, lost[None]))
     with pytest.raises(InvalidInput, match=r"the loss is nan at step .* lower learning rates; no checkpoint was"):
         pretrain(_config(data, tmp_path / "out"), backbone)
 

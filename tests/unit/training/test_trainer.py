@@ -79,7 +79,7 @@ def test_training_learns_and_leaves_the_backbone_alone(
 ) -> None:
     trainer = _trainer(backbone, _learner(inventory), adapter_lr=1e-2)
     before = {name: p.clone() for name, p in backbone.model.named_parameters()}
-    losses = [trainer.step(batch).item() for batch in _batches(backbone, examples, 20)]
+    losses = [trainer.step(batch).mean.item() for batch in _batches(backbone, examples, 20)]
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert all(torch.equal(p, before[name]) for name, p in backbone.model.named_parameters())
 
@@ -104,7 +104,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
         return _trainer(backbone, _learner(inventory), noise=noise, optimizer=optimizer)
 
     straight = start()
-    losses = [straight.step(batch).item() for batch in _batches(backbone, examples, 8)]
+    losses = [straight.step(batch).mean.item() for batch in _batches(backbone, examples, 8)]
 
     first = start()
     for batch in _batches(backbone, examples, 5):
@@ -113,7 +113,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
 
     second = start()
     notes, kept = second.load_bytes(saved)
-    resumed = [second.step(batch).item() for batch in _batches(backbone, examples, 3, first=5)]
+    resumed = [second.step(batch).mean.item() for batch in _batches(backbone, examples, 3, first=5)]
     assert resumed == losses[5:]
     assert notes == {"best": 3}
     assert torch.equal(kept["kept"], torch.ones(2))
@@ -125,7 +125,7 @@ def test_adafactor_learns_and_keeps_less_than_adamw(
     sizes = {}
     for optimizer in OptimizerName:
         trainer = _trainer(backbone, _learner(inventory), adapter_lr=1e-2, optimizer=optimizer)
-        losses = [trainer.step(batch).item() for batch in _batches(backbone, examples, 20)]
+        losses = [trainer.step(batch).mean.item() for batch in _batches(backbone, examples, 20)]
         assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
         sizes[optimizer] = len(trainer.to_bytes())
     assert sizes[OptimizerName.ADAFACTOR] < 0.7 * sizes[OptimizerName.ADAMW]
@@ -133,7 +133,7 @@ def test_adafactor_learns_and_keeps_less_than_adamw(
 
 def test_noise_changes_the_steps(backbone: Backbone, inventory: Inventory, examples: list[Example]) -> None:
     (batch,) = _batches(backbone, examples, 1)
-    plain, noisy = (_trainer(backbone, _learner(inventory), noise=noise).step(batch) for noise in (False, True))
+    plain, noisy = (_trainer(backbone, _learner(inventory), noise=noise).step(batch).mean for noise in (False, True))
     assert plain != noisy
 
 
@@ -141,7 +141,7 @@ def test_the_batches_of_a_step_draw_other_noise(
     backbone: Backbone, inventory: Inventory, examples: list[Example]
 ) -> None:
     (batch,) = _batches(backbone, examples, 1)
-    once, twice = (_trainer(backbone, _learner(inventory), noise=True).step(*[batch] * n) for n in (1, 2))
+    once, twice = (_trainer(backbone, _learner(inventory), noise=True).step(*[batch] * n).mean for n in (1, 2))
     assert once != twice
 
 
@@ -154,8 +154,10 @@ def test_accumulated_batches_step_as_one_batch(
     parts = _trainer(backbone, pieces, optimizer=optimizer)
     for first in range(0, 24, 8):
         rows = encoded[first : first + 8]
-        loss = whole.step(collate(rows))
-        assert parts.step(collate(rows[:5]), collate(rows[5:7]), collate(rows[7:])).item() == pytest.approx(loss.item())
+        loss = whole.step(collate(rows)).mean
+        assert parts.step(collate(rows[:5]), collate(rows[5:7]), collate(rows[7:])).mean.item() == pytest.approx(
+            loss.item()
+        )
     for name, value in whole.copy_parameters().items():
         torch.testing.assert_close(parts.copy_parameters()[name], value, rtol=1e-5, atol=1e-5)
 
@@ -167,16 +169,40 @@ def test_batches_side_by_side_step_as_one_after_the_other(
     encoded = _encoded(backbone, [*examples, Example("another", ("a much longer answer",))])
     steps = [[collate(encoded[first : first + 3]) for first in range(start, start + 12, 3)] for start in (0, 12)]
     alone = _trainer(backbone, _learner(inventory), noise=noise)
-    losses = [alone.step(*batches).item() for batches in steps]
+    losses = [alone.step(*batches).mean.item() for batches in steps]
     torch.set_num_threads(4)
     try:
         side_by_side = _trainer(backbone, _learner(inventory), noise=noise)
         assert side_by_side.lanes.number == 4
-        assert [side_by_side.step(*batches).item() for batches in steps] == pytest.approx(losses)
+        assert [side_by_side.step(*batches).mean.item() for batches in steps] == pytest.approx(losses)
     finally:
         torch.set_num_threads(1)
     for name, value in alone.copy_parameters().items():
         torch.testing.assert_close(side_by_side.copy_parameters()[name], value, rtol=1e-5, atol=1e-5)
+
+
+def test_sequences_at_rest_count_as_known(backbone: Backbone, inventory: Inventory, examples: list[Example]) -> None:
+    encoded = _encoded(backbone, examples)
+    full, resting = (_trainer(backbone, _learner(inventory)) for _ in range(2))
+    batches = [collate(encoded[:2]), collate(encoded[2:3])]
+    alone, beside = full.step(*batches), resting.step(*batches, at_rest=1)
+    assert beside.of_sequences.tolist() == alone.of_sequences.tolist()
+    untrained = _trainer(backbone, _learner(inventory))
+    expected = [untrained.losses(collate([example])).item() for example in encoded[:3]]
+    assert beside.of_sequences.tolist() == pytest.approx(expected, rel=1e-4)
+    assert beside.mean.item() == pytest.approx(alone.of_sequences.sum().item() / 4)
+
+
+def test_a_step_whose_sequences_all_rest_goes_on_as_the_last_ones_did(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    trainer = _trainer(backbone, _learner(inventory))
+    trainer.step(*_batches(backbone, examples, 1))
+    before = trainer.copy_parameters()
+    loss = trainer.step(at_rest=4)
+    assert (loss.mean.item(), loss.of_sequences.tolist(), trainer.step_count) == (0.0, [], 2)
+    after = trainer.copy_parameters()
+    assert any(not torch.equal(after[name], value) for name, value in before.items())  # AdamW's momentum
 
 
 def test_a_checkpoint_of_other_settings_is_refused_with_their_names(backbone: Backbone, inventory: Inventory) -> None:
