@@ -304,21 +304,22 @@ class _Search:
             if self._context.should_stop():
                 self._context.save(self._state())
                 raise Stopped
-            loss = self._step(batches)
+            done = self._step(batches)
             step = self._trainer.step_count
-            self._context.report("step", {"step": step, "steps": self._settings.steps, "loss": round(loss, 5)})
+            self._context.report("step", {"step": step, "steps": self._settings.steps, **done})
             if step % self._settings.evaluate_every == 0 or step == self._settings.steps:
                 self._validate()
                 if not self._done():
                     self._context.save(self._state())
 
-    def _step(self, batches: Sequence[Batch]) -> float:
-        """One step; returns its loss, to which examples that rest have added nothing."""
+    def _step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """One step; returns its loss, to which the examples at rest have added nothing, and the number of those."""
         epoch = self._trainer.step_count // self._sampler.steps_per_epoch
         examples = [example for batch in batches for example in batch.examples]
-        loss = self._trainer.step(*batches, at_rest=self._sampler.sequences_per_step - len(examples))
+        at_rest = self._sampler.sequences_per_step - len(examples)
+        loss = self._trainer.step(*batches, at_rest=at_rest)
         self._rest.note(examples, loss.of_sequences.tolist(), epoch)
-        return loss.mean.item()
+        return {"loss": round(loss.mean.item(), 5), "at_rest": at_rest}
 
     def load(self, checkpoint: bytes) -> None:
         """Go on from a checkpoint of the same adaptation."""

@@ -45,6 +45,10 @@ class Recorder:
     def losses(self) -> list[float]:
         return [data["loss"] for event, data in self.events if event == "step"]
 
+    @property
+    def at_rest(self) -> list[int]:
+        return [data["at_rest"] for event, data in self.events if event == "step"]
+
 
 def _spec(examples: list[Example], method: str = "mhr", **settings: Any) -> AdaptSpec:
     settings = {"steps": 15, "evaluate_every": 5, "adapter_lr": 1e-2, **settings}
@@ -168,16 +172,16 @@ def easily_known(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_known_by_heart_rests_and_stays_known(
     backbone: Backbone, inventory: Inventory, examples: list[Example], easily_known: None
 ) -> None:
-    def learn(rest: int) -> tuple[AdaptResult, list[float]]:
+    def learn(rest: int) -> tuple[AdaptResult, Recorder]:
         recorder = Recorder()
         spec = _spec(examples, steps=60, evaluate_every=60, batch_size=3, adapter_lr=3e-2, rest=rest)
-        return adapt(replace(spec, validation=spec.examples), backbone, inventory, None, recorder), recorder.losses
+        return adapt(replace(spec, validation=spec.examples), backbone, inventory, None, recorder), recorder
 
-    (always, all_losses), (resting, losses) = learn(0), learn(3)
-    assert min(all_losses) > 0.0
-    assert losses.count(0.0) > 20  # steps of which all rested
-    before = next(step for step, loss in enumerate(all_losses) if loss < 1.1)
-    assert losses[:before] == all_losses[:before]
+    (always, without), (resting, recorder) = learn(0), learn(3)
+    assert set(without.at_rest) == {0}
+    assert recorder.at_rest.count(3) > 20  # all of a step's sequences
+    before = next(step for step, number in enumerate(recorder.at_rest) if number)
+    assert recorder.losses[:before] == without.losses[:before]
     assert resting.after.accuracy == always.after.accuracy == 1.0
     assert resting.after.loss < 1.0
 
