@@ -109,9 +109,7 @@ class Hyperparameters(BaseModel):
     noise: bool = Field(default=False, description="draw routing weights from a relaxed Bernoulli in training")
     evaluate_every: int = Field(default=10, ge=1, description="steps between validations")
     patience: int = Field(default=3, ge=1, description="validations below the best that end the job")
-    rest: int = Field(
-        default=3, ge=0, description="turns that an example sits out once it is known by heart; 0 for none"
-    )
+    rest: int = Field(default=10, ge=0, description="steps that an example sits out once it is known by heart")
     rank: int = Field(default=4, ge=1, le=256, description="rank of a `lora`")
     alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
 
@@ -314,11 +312,11 @@ class _Search:
 
     def _step(self, batches: Sequence[Batch]) -> dict[str, Any]:
         """One step; returns its loss, to which the examples at rest have added nothing, and the number of those."""
-        epoch = self._trainer.step_count // self._sampler.steps_per_epoch
+        step = self._trainer.step_count
         examples = [example for batch in batches for example in batch.examples]
         at_rest = self._sampler.sequences_per_step - len(examples)
         loss = self._trainer.step(*batches, at_rest=at_rest)
-        self._rest.note(examples, loss.of_sequences.tolist(), epoch)
+        self._rest.note(examples, loss.of_sequences.tolist(), step)
         return {"loss": round(loss.mean.item(), 5), "at_rest": at_rest}
 
     def load(self, checkpoint: bytes) -> None:

@@ -98,10 +98,10 @@ class BatchSampler:
         The shares of all processes are the whole step, and no group is cut. Examples that rest are left out, as `rest`
         says when the step is asked for; a step of which nothing remains has no batch.
         """
-        for epoch, groups in self._steps(step):
+        for number, groups in enumerate(self._steps(step), step):
             share = groups[processes.rank :: processes.world_size]
             if rest is not None:
-                share = _without_resting(share, rest, epoch)
+                share = _without_resting(share, rest, number)
             yield [_collate(piece) for piece in self._pieces(share, piece_size)]
 
     def _pieces(self, groups: list[list[_Row]], piece_size: int | None) -> list[list[list[_Row]]]:
@@ -111,12 +111,12 @@ class BatchSampler:
         pieces = math.ceil(len(groups) / max(1, piece_size // self._config.rows_per_task))
         return [groups[i::pieces] for i in range(pieces)]
 
-    def _steps(self, step: int) -> Iterator[tuple[int, list[list[_Row]]]]:
-        """The epoch and the groups of `step`, `step` + 1, …"""
+    def _steps(self, step: int) -> Iterator[list[list[_Row]]]:
+        """The groups of `step`, `step` + 1, …"""
         while True:
             epoch, first = divmod(step, self.steps_per_epoch)
             for groups in self._epoch(epoch)[first:]:
-                yield epoch, groups
+                yield groups
                 step += 1
 
     def _epoch(self, epoch: int) -> list[list[list[_Row]]]:
@@ -172,8 +172,8 @@ def _turns(indices: Sequence[int], rows: int) -> Iterator[list[int]]:
         place += rows
 
 
-def _without_resting(groups: Sequence[Sequence[_Row]], rest: Rest, epoch: int) -> list[list[_Row]]:
-    awake = ([row for row in group if rest.is_over(row.example, epoch)] for group in groups)
+def _without_resting(groups: Sequence[Sequence[_Row]], rest: Rest, step: int) -> list[list[_Row]]:
+    awake = ([row for row in group if rest.is_over(row.example, step)] for group in groups)
     return [group for group in awake if group]
 
 

@@ -177,7 +177,7 @@ def test_what_is_known_by_heart_rests_and_stays_known(
         spec = _spec(examples, steps=60, evaluate_every=60, batch_size=3, adapter_lr=3e-2, rest=rest)
         return adapt(replace(spec, validation=spec.examples), backbone, inventory, None, recorder), recorder
 
-    (always, without), (resting, recorder) = learn(0), learn(3)
+    (always, without), (resting, recorder) = learn(0), learn(10)
     assert set(without.at_rest) == {0}
     assert recorder.at_rest.count(3) > 20  # all of a step's sequences
     before = next(step for step, number in enumerate(recorder.at_rest) if number)

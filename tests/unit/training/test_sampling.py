@@ -143,14 +143,14 @@ def test_impossible_settings_are_refused() -> None:
         SamplingConfig(TaskSampling.TEMPERATURE, temperature=0)
 
 
-def test_what_rests_is_left_out_until_its_turns_are_over() -> None:
+def test_what_rests_is_left_out_until_its_steps_are_over() -> None:
     examples = [EncodedExample(0, (100 + i,), ((50,),)) for i in range(8)]
-    sampler, rest = BatchSampler(examples, 4, seed=0), Rest(examples, turns=2)
+    sampler, rest = BatchSampler(examples, 4, seed=0), Rest(examples, steps=4)
     assert (sampler.steps_per_epoch, sampler.sequences_per_step) == (2, 4)
     steps = sampler.from_step(0, rest=rest)
     (first,), (second,) = next(steps), next(steps)
     assert {*first.examples, *second.examples} == set(examples)
-    rest.note([*first.examples, *second.examples], [0.5, *[0.001] * 7], epoch=0)
+    rest.note([*first.examples, *second.examples], [0.5, *[0.001] * 7], step=1)
     epochs = [[example for batches in islice(steps, 2) for b in batches for example in b.examples] for _ in range(3)]
     assert [len(epoch) for epoch in epochs] == [1, 1, 8]
     assert epochs[0] == epochs[1] == [first.examples[0]]
@@ -158,7 +158,7 @@ def test_what_rests_is_left_out_until_its_turns_are_over() -> None:
 
 def test_a_step_of_which_all_rests_has_no_batch() -> None:
     examples = _uneven()[:8]
-    rest = Rest(examples, turns=1)
-    rest.note(examples, [0.0] * 8, epoch=0)
+    rest = Rest(examples, steps=1)
+    rest.note(examples, [0.0] * 8, step=0)
     sampler = BatchSampler(examples, 8, seed=0)
     assert [len(batches) for batches in islice(sampler.from_step(0, 4, rest=rest), 3)] == [0, 0, 2]
