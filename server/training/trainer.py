@@ -82,7 +82,7 @@ class Trainer:
         sequences = sum(batch.num_sequences for batch in batches) + at_rest
         parameters = list(self._trainable().values())
         for parameter in parameters:
-            parameter.grad = torch.zeros_like(parameter)
+            parameter.grad = torch.zeros_like(parameter)  # not None, which would hold them still when all rest
         losses = [torch.empty(0, device=self.device)]
         for of_batch, gradients in self.lanes.map(
             partial(self._gradients, parameters, sequences), list(enumerate(batches))
