@@ -41,7 +41,7 @@ def test_a_child_that_dies_is_started_again_and_stopped_at_the_end(tmp_path: Pat
     marks = tmp_path / "starts"
     supervisor = Supervisor(sleeper(marks), os.environ)
     supervisor.start()
-    until(marks.exists)
+    until(lambda: marks.exists() and marks.read_text() == "x")  # written, not only opened
     first = supervisor.pid
     assert first is not None
     os.kill(first, 9)
