@@ -45,7 +45,7 @@ def test_gradients_of_skills_and_routing_are_pefts(
     batch = collate(examples)
 
     learner = RoutedLearner(inventory, torch.stack(list(inventory.routings.values())), train_skills=True)
-    our_loss = Trainer(ours, inject(ours), learner, TrainerConfig(steps=1)).loss(batch)
+    our_loss = Trainer(ours, inject(ours), learner, TrainerConfig(steps=1)).losses(batch).mean()
     our_loss.backward()
 
     for parameter in poly.parameters():
