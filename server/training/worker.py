@@ -7,7 +7,6 @@ so a worker that dies leaves the job to be taken up again from its last checkpoi
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -32,6 +31,7 @@ from server.training.adapt import (
     split_examples,
 )
 from server.training.examples import Example
+from server.training.pace import Pace
 
 LEASE_S = 30.0
 MAX_ATTEMPTS = 3
@@ -183,7 +183,7 @@ class Lease:
         self._lost = False
         self.cancelled = job.cancel_requested
         self._progress: dict[str, Any] = dict(job.progress)
-        self._pace = _Pace()
+        self._pace = Pace()
         self._thread = threading.Thread(target=self._keep_renewing, name=f"lease-{job.id}", daemon=True)
         self._saver = ThreadPoolExecutor(1, thread_name_prefix=f"checkpoint-{job.id}")
         self._saving: Future[None] | None = None
@@ -234,21 +234,6 @@ class Lease:
                 return
             except StoreError as error:
                 log.warning("cannot renew the lease", action="lease.renew", job=self._job_id, error=str(error))
-
-
-class _Pace:
-    """Estimates the remaining time from the steps seen since this worker began."""
-
-    def __init__(self) -> None:
-        self._first: tuple[int, float] | None = None
-
-    def remaining_s(self, step: int, steps: int) -> float | None:
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (step, now)
-            return None
-        done = step - self._first[0]
-        return round((now - self._first[1]) / done * (steps - step), 1)
 
 
 def make_spec(request: Mapping[str, Any], prompt_format: str) -> AdaptSpec:
