@@ -109,7 +109,9 @@ class Hyperparameters(BaseModel):
     noise: bool = Field(default=False, description="draw routing weights from a relaxed Bernoulli in training")
     evaluate_every: int = Field(default=10, ge=1, description="steps between validations")
     patience: int = Field(default=3, ge=1, description="validations below the best that end the job")
-    rest: int = Field(default=10, ge=0, description="steps that an example sits out once it is known by heart")
+    rest: int = Field(
+        default=10, ge=0, description="steps that an example known by heart sits out, at most those of three epochs"
+    )
     rank: int = Field(default=4, ge=1, le=256, description="rank of a `lora`")
     alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
 
@@ -220,9 +222,8 @@ def adapt(
     before = _validate_served(trainer, served, spec, backbone)
     context.report("validation", {"step": 0, "of": "served", **asdict(before)})
     sampler = BatchSampler(train, spec.hyperparameters.batch_size, spec.seed)
-    search = _Search(
-        trainer, sampler, Rest(train, spec.hyperparameters.rest), validation, spec.hyperparameters, context
-    )
+    rest = Rest(train, spec.hyperparameters.rest, sampler.steps_per_epoch)
+    search = _Search(trainer, sampler, rest, validation, spec.hyperparameters, context)
     if checkpoint is not None:
         search.load(checkpoint)
         context.report("from_checkpoint", {"step": trainer.step_count})

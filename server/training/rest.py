@@ -11,18 +11,21 @@ from collections.abc import Iterable, Sequence
 
 from server.training.batches import EncodedExample
 
-_KNOWN = 0.003  # nats per answer token; docs/decisions/0017-known-examples-rest.md
+# docs/decisions/0017-known-examples-rest.md has both
+_KNOWN = 0.003  # nats per answer token
+_MOST_EPOCHS = 3
 
 
 class Rest:
     """From which step on each example is trained on again.
 
-    Steps and not epochs, so that of many examples, of which each is shown seldom, none is left out.
+    Steps and not epochs, so that of many examples, of which each is shown seldom, none is left out. But no more than
+    three epochs, so that a few, which every step would show, are not left to the one that is hard.
     """
 
-    def __init__(self, examples: Sequence[EncodedExample], steps: int) -> None:
+    def __init__(self, examples: Sequence[EncodedExample], steps: int, steps_per_epoch: int) -> None:
         """`steps`: how many of them an example sits out each time that it is found to be known; 0 for no rest."""
-        self._steps = steps
+        self._steps = min(steps, _MOST_EPOCHS * steps_per_epoch)
         self._returns = dict.fromkeys(examples, 0)  # examples that are equal are one
 
     def is_over(self, example: EncodedExample, step: int) -> bool:

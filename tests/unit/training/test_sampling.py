@@ -145,7 +145,8 @@ def test_impossible_settings_are_refused() -> None:
 
 def test_what_rests_is_left_out_until_its_steps_are_over() -> None:
     examples = [EncodedExample(0, (100 + i,), ((50,),)) for i in range(8)]
-    sampler, rest = BatchSampler(examples, 4, seed=0), Rest(examples, steps=4)
+    sampler = BatchSampler(examples, 4, seed=0)
+    rest = Rest(examples, steps=4, steps_per_epoch=sampler.steps_per_epoch)
     assert (sampler.steps_per_epoch, sampler.sequences_per_step) == (2, 4)
     steps = sampler.from_step(0, rest=rest)
     (first,), (second,) = next(steps), next(steps)
@@ -158,7 +159,7 @@ def test_what_rests_is_left_out_until_its_steps_are_over() -> None:
 
 def test_a_step_of_which_all_rests_has_no_batch() -> None:
     examples = _uneven()[:8]
-    rest = Rest(examples, steps=1)
+    rest = Rest(examples, steps=1, steps_per_epoch=1)
     rest.note(examples, [0.0] * 8, step=0)
     sampler = BatchSampler(examples, 8, seed=0)
     assert [len(batches) for batches in islice(sampler.from_step(0, 4, rest=rest), 3)] == [0, 0, 2]
