@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from server.training import pace
@@ -9,7 +11,7 @@ from server.training.pace import Pace
 def _ask(monkeypatch: pytest.MonkeyPatch, seconds: list[float], first: int = 1, steps: int = 60) -> list[float | None]:
     """What a pace says after each of these steps, which took so many seconds."""
     ends = iter([sum(seconds[: i + 1]) for i in range(len(seconds))])
-    monkeypatch.setattr(pace.time, "monotonic", lambda: next(ends))
+    monkeypatch.setattr(pace, "time", SimpleNamespace(monotonic=lambda: next(ends)))  # no other thread asks this clock
     asked = Pace()
     return [asked.remaining_s(first + i, steps) for i in range(len(seconds))]
 
