@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 PlotFile = Annotated[
     Path | None, typer.Option("--plot", dir_okay=False, help="Draw the scores to this .png, .svg or .pdf")
 ]
+Against = Annotated[str | None, typer.Option(help="Show how far each method is ahead of this one, draw by draw")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -56,6 +57,7 @@ def evaluate(
     out: Annotated[
         Path | None, typer.Option(file_okay=False, help="Folder of the scores; run again with the same to go on")
     ] = None,
+    against: Against = None,
     plot: PlotFile = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -72,11 +74,14 @@ def evaluate(
 
     if plot is not None:
         check_plot_file(plot)
+    columns = _listed(methods)
+    if against is not None and against not in columns:
+        fail(f"--against: {against!r} is not among --methods; name one of {', '.join(columns)}")
     settings = load_settings()
     config = EvaluateConfig(
         data=data,
         backbone=BackboneSource(settings.backbone, settings.data_dir, settings.device),
-        methods=tuple(_listed(methods)),
+        methods=tuple(columns),
         inventories=_inventories(inventory or []),
         tasks=None if tasks is None else tuple(_listed(tasks)),
         num_examples=tuple(_number(text) for text in _listed(examples)),
@@ -98,7 +103,7 @@ def evaluate(
 
         scores = run(config, Path(folder), workers, begin, show)
         recorded, _ = read_scores([Path(folder)])
-    _show(recorded, scores, plot, as_json=as_json)
+    _show(recorded, scores, against, plot, as_json=as_json)
 
 
 @guarded
@@ -106,6 +111,7 @@ def evaluate_report(
     runs: Annotated[
         list[Path], typer.Argument(exists=True, file_okay=False, help="Folders that `mhr evaluate --out` wrote")
     ],
+    against: Against = None,
     plot: PlotFile = None,
     as_json: JsonFlag = False,
 ) -> None:
@@ -116,18 +122,20 @@ def evaluate_report(
     from server.training.scores import read_scores
 
     settings, scores = read_scores(runs)
-    _show(settings, scores, plot, as_json=as_json)
+    _show(settings, scores, against, plot, as_json=as_json)
 
 
-def _show(settings: RunSettings, scores: Sequence[Score], plot: Path | None, *, as_json: bool) -> None:
+def _show(
+    settings: RunSettings, scores: Sequence[Score], against: str | None, plot: Path | None, *, as_json: bool
+) -> None:
     from server.training.report import as_document, as_markdown, make_tables
     from server.training.report_plot import plot_tables
 
-    tables = make_tables(scores)
+    tables = make_tables(scores, against)
     if plot is not None:
         plot_tables(tables, plot)
     if as_json:
-        print_json(as_document(settings, scores))
+        print_json(as_document(settings, scores, tables))
     else:
         typer.echo(as_markdown(tables))
 

@@ -104,6 +104,8 @@ def test_runs_are_reported_together_as_table_json_and_plot(mhr: CliRunner, tasks
         assert (tmp_path / f"{task}.png").read_bytes().startswith(b"\x89PNG")
     both = (tmp_path / "one", tmp_path / "two", "--plot", tmp_path / "both.svg")
     assert "| method | one | two | mean |" in run(mhr, *both, command="evaluate-report").stdout
+    assert "| ahead of base |" in run(mhr, *both, "--against", "base", command="evaluate-report").stdout
+    assert "no scores of 'mhr'" in run(mhr, *both, "--against", "mhr", command="evaluate-report", code=1).output
     assert (tmp_path / "both.svg").exists()
     document = json.loads(run(mhr, *both[:2], "--json", command="evaluate-report").stdout)
     assert len(document["scores"]) == 4
@@ -113,6 +115,14 @@ def test_runs_are_reported_together_as_table_json_and_plot(mhr: CliRunner, tasks
 def test_a_plot_of_an_unknown_format_is_refused_before_the_work(mhr: CliRunner, tasks: Path, tmp_path: Path) -> None:
     output = run(mhr, "--data", tasks, "--methods", "base", "--plot", "a.txt", "--out", tmp_path / "r", code=1).output
     assert "ends with none of these" in output
+    assert not (tmp_path / "r").exists()
+
+
+def test_a_method_that_is_not_in_the_run_is_refused_before_the_work(
+    mhr: CliRunner, tasks: Path, tmp_path: Path
+) -> None:
+    output = run(mhr, "--data", tasks, "--methods", "base", "--against", "lora", "--out", tmp_path / "r", code=1).output
+    assert "'lora' is not among --methods; name one of base" in output
     assert not (tmp_path / "r").exists()
 
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from server.errors import InvalidInput
 from server.training.report import Spread, as_document, as_markdown, make_tables, short_names
 from server.training.scores import Metric, RunSettings, Score
 
@@ -56,6 +57,27 @@ def test_as_markdown() -> None:
     ]
 
 
+def test_the_lead_over_a_method_is_shown_beside_every_other() -> None:
+    assert as_markdown(make_tables(SCORES[:8], against="mu")).splitlines()[2:7] == [
+        "| method | task1 | task2 | mean | exact match | ahead of mu | tuned | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+        "| mu | 5.0 ± 7.1 | 5.0 ± 7.1 | 5.0 ± 7.1 | 2.5 ± 3.5 | – | – | – |",  # noqa: RUF001
+        "| mhr | 45.0 ± 7.1 | 65.0 ± 7.1 | 55.0 ± 7.1 | 27.5 ± 3.5 | +50.0 ± 5.8 (2 of 2) | 1,234 | 2.5 |",
+        "",
+    ]
+
+
+def test_a_method_without_scores_cannot_be_compared_with() -> None:
+    with pytest.raises(InvalidInput, match="no scores of 'lora' to compare with; there are of mhr, mu"):
+        make_tables(SCORES, against="lora")
+
+
+def test_where_the_method_compared_with_has_other_numbers_of_examples_there_is_no_lead() -> None:
+    few, many = make_tables([*SCORES, _score("lora", "task1_a", 0, 1.0, examples=32)], against="lora")
+    assert [row.lead for row in few.rows] == [None, None]
+    assert [row.lead is not None for row in many.rows] == [True, True, False]
+
+
 def test_a_seed_that_lacks_a_task_is_not_in_the_mean_over_tasks() -> None:
     scores = [_score("mhr", "a", 0, 10.0), _score("mhr", "b", 0, 30.0), _score("mhr", "a", 1, 90.0)]
     [row] = make_tables(scores)[0].rows
@@ -105,7 +127,9 @@ def test_short_names_stay_unambiguous() -> None:
 
 
 def test_the_document_is_json() -> None:
-    document = json.loads(json.dumps(as_document(RunSettings({"instances": 10}, {}, {}), SCORES)))
+    tables = make_tables(SCORES, against="mu")
+    document = json.loads(json.dumps(as_document(RunSettings({"instances": 10}, {}, {}), SCORES, tables)))
     assert document["settings"]["protocol"] == {"instances": 10}
     assert document["tables"][0]["rows"][1]["overall"]["mean"] == 55.0
+    assert document["tables"][0]["rows"][1]["lead"]["mean"] == 50.0
     assert len(document["scores"]) == len(SCORES)
