@@ -98,12 +98,11 @@ def short_names(tasks: Sequence[str]) -> dict[str, str]:
 
 def _make_table(examples: int, scores: Sequence[Score], against: str | None) -> Table:
     tasks = {score.task: _METRICS[score.metric] for score in sorted(scores, key=lambda score: score.task)}
-    by_method: dict[str, list[Score]] = {}
-    for score in scores:
-        by_method.setdefault(score.method, []).append(score)
+    methods = sorted({score.method for score in scores}, key=_method_order)
+    others = [score for score in scores if score.method == against]
     rows = tuple(
-        _make_row(method, list(tasks), by_method[method], [] if method == against else by_method.get(against or "", []))
-        for method in sorted(by_method, key=_method_order)
+        _make_row(method, list(tasks), [s for s in scores if s.method == method], [] if method == against else others)
+        for method in methods
     )
     devices = sorted({score.device for score in scores if score.adaptation} or {score.device for score in scores})
     return Table(examples, tasks, rows, tuple(devices), against)

@@ -97,10 +97,11 @@ def test_an_inventory_given_twice_is_refused(mhr: CliRunner, tasks: Path, invent
 
 def test_runs_are_reported_together_as_table_json_and_plot(mhr: CliRunner, tasks: Path, tmp_path: Path) -> None:
     for task in ("one", "two"):
-        run(
+        output = run(
             mhr, "--data", tasks, "--tasks", task, "--methods", "base,demos", "--examples", 2, "--instances", 2,
-            "--max-new-tokens", 2, "--out", tmp_path / task, "--plot", tmp_path / f"{task}.png",
-        )  # fmt: skip
+            "--max-new-tokens", 2, "--out", tmp_path / task, "--plot", tmp_path / f"{task}.png", "--against", "demos",
+        ).stdout  # fmt: skip
+        assert "| ahead of demos |" in output
         assert (tmp_path / f"{task}.png").read_bytes().startswith(b"\x89PNG")
     both = (tmp_path / "one", tmp_path / "two", "--plot", tmp_path / "both.svg")
     assert "| method | one | two | mean |" in run(mhr, *both, command="evaluate-report").stdout
