@@ -1,4 +1,4 @@
-"""Which examples meet in a step: random, of similar length, and the same at every resume."""
+"""Which examples meet in a step: random, and the same at every resume."""
 
 from __future__ import annotations
 
@@ -13,9 +13,6 @@ from server.errors import InvalidInput
 from server.training.batches import Batch, EncodedExample, collate
 from server.training.distributed import ALONE, Processes
 from server.training.rest import Rest
-
-# Steps are cut from windows of this many steps sorted by length: little padding, and still a random mix.
-_WINDOW = 16
 
 
 class TaskSampling(StrEnum):
@@ -123,14 +120,8 @@ class BatchSampler:
         generator = torch.Generator().manual_seed(self._seed * 1_000_003 + epoch)
         groups = self._draw_groups(generator)
         size = self._groups_per_step
-        window = size * _WINDOW
-        steps: list[list[list[int]]] = []
-        for start in range(0, self.steps_per_epoch * size, window):
-            similar = sorted(groups[start : start + window], key=self._length)
-            steps += [similar[i : i + size] for i in range(0, len(similar), size)]
-        shuffled = torch.randperm(len(steps), generator=generator).tolist()
-        full = [steps[i] for i in shuffled if len(steps[i]) == size][: self.steps_per_epoch]
-        return [[self._with_answers(group, generator) for group in step] for step in full]
+        steps = (groups[place * size : (place + 1) * size] for place in range(self.steps_per_epoch))
+        return [[self._with_answers(group, generator) for group in sorted(step, key=self._length)] for step in steps]
 
     def _draw_groups(self, generator: torch.Generator) -> list[list[int]]:
         """An epoch's groups of examples, by index, in random order."""
