@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
 from typing import Any, Protocol
@@ -79,9 +79,11 @@ class Method(StrEnum):
 # are trained, steps of one size change what they compute several times as much.
 _LORA_LR = 3e-3
 _TRAINED_LR = 1e-3
+# Where a step shows all examples, each is shown so often that half the rate learns it too, and keeps more of the start.
+_TRAINED_LR_OF_FEW = 5e-4
 # Routing that is all there is to learn has far to go; beside skills that learn it loses what it began with.
 _ROUTING_ALONE_LR = 0.15
-_ROUTING_LR = 0.01
+_ROUTING_LR = 0.003
 
 
 class Hyperparameters(BaseModel):
@@ -95,13 +97,16 @@ class Hyperparameters(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="peak learning rate of skills and adapters; 0.003 for a `lora`, 0.001 for what begins trained",
+        description=(
+            "peak learning rate of skills and adapters; 0.003 for a `lora`, 0.001 for what begins trained, "
+            "or 0.0005 where a step shows all examples"
+        ),
     )
     routing_lr: float | None = Field(
         default=None,
         gt=0,
         le=10,
-        description="peak learning rate of routing logits; 0.15 where nothing else is learnt, 0.01 beside skills",
+        description="peak learning rate of routing logits; 0.15 where nothing else is learnt, 0.003 beside skills",
     )
     warmup: float = Field(default=0.06, ge=0, le=1, description="fraction of the steps that the learning rate rises")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -109,16 +114,20 @@ class Hyperparameters(BaseModel):
     noise: bool = Field(default=False, description="draw routing weights from a relaxed Bernoulli in training")
     evaluate_every: int = Field(default=10, ge=1, description="steps between validations")
     patience: int = Field(default=3, ge=1, description="validations below the best that end the job")
+    refit: float = Field(
+        default=0.5, ge=0, le=1, description="share of the steps, the last ones, that learn from the held-out part too"
+    )
     rest: int = Field(
         default=10, ge=0, description="steps that an example known by heart sits out, at most those of three epochs"
     )
     rank: int = Field(default=4, ge=1, le=256, description="rank of a `lora`")
     alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
 
-    def resolved(self, method: Method) -> Hyperparameters:
-        """With the method's defaults in the place of what was left out."""
+    def resolved(self, method: Method, num_examples: int) -> Hyperparameters:
+        """With the method's defaults for so many examples to learn from in the place of what was left out."""
+        trained_lr = _TRAINED_LR if num_examples > self.batch_size else _TRAINED_LR_OF_FEW
         defaults = {
-            "adapter_lr": _LORA_LR if method is Method.LORA else _TRAINED_LR,
+            "adapter_lr": _LORA_LR if method is Method.LORA else trained_lr,
             "routing_lr": _ROUTING_ALONE_LR if method.routing_alone else _ROUTING_LR,
         }
         return self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
@@ -137,7 +146,11 @@ class Hyperparameters(BaseModel):
 
 @dataclass(frozen=True)
 class AdaptSpec:
-    """One adaptation, ready to run. `validation` holds examples that no step sees."""
+    """One adaptation, ready to run.
+
+    `validation` holds examples that no step sees while states are compared. Those that were `drawn` from the task's own
+    examples are learnt from in the end (`Hyperparameters.refit`); those that somebody set apart never are.
+    """
 
     method: Method
     instruction: str
@@ -146,6 +159,7 @@ class AdaptSpec:
     prompt_format: str
     hyperparameters: Hyperparameters
     seed: int = 0
+    drawn: bool = True
 
 
 @dataclass(frozen=True)
@@ -161,7 +175,7 @@ class Served:
 class AdaptResult:
     """What was learnt: a routing (L, h, K) for the `-z` methods, else an adapter of its own.
 
-    `before` and `after` are of the same held-out examples: what was served, and what was learnt.
+    `before` and `after` are of the same held-out examples: what was served, and what was learnt before a refit.
     """
 
     routing: Tensor | None
@@ -212,18 +226,17 @@ def adapt(
 ) -> AdaptResult:
     """Learn a task; what is returned is the latest state that does as well as any on the validation part.
 
+    If nothing was lost by learning on, the last steps learn from the validation part too, where that was drawn.
     `served` is what to compare with; None is the bare backbone. Raises InvalidInput for examples over the
     context, Stopped when told to stop.
     """
     began = time.perf_counter()
-    train, validation = _encode_split(spec, backbone)
+    train, held_out = _encode_split(spec, backbone)
     learner = make_learner(spec, backbone, inventory)
     trainer = Trainer(backbone.model, inject(backbone.model), learner, _trainer_config(spec))
     before = _validate_served(trainer, served, spec, backbone)
     context.report("validation", {"step": 0, "of": "served", **asdict(before)})
-    sampler = BatchSampler(train, spec.hyperparameters.batch_size, spec.seed)
-    rest = Rest(train, spec.hyperparameters.rest, sampler.steps_per_epoch)
-    search = _Search(trainer, sampler, rest, validation, spec.hyperparameters, context)
+    search = _Search(trainer, train, held_out, spec, context)
     if checkpoint is not None:
         search.load(checkpoint)
         context.report("from_checkpoint", {"step": trainer.step_count})
@@ -236,6 +249,7 @@ def adapt(
         "loss_after": after.loss,
         "kept_step": search.kept_step,
         "steps": trainer.step_count,
+        "refit": search.refitted,
         "train_examples": len(train),
         "validation_examples": len(spec.validation),
         "trained_parameters": sum(p.numel() for p in learner.parameters() if p.requires_grad),
@@ -269,24 +283,28 @@ class _Search:
     """Training with early stopping: the latest state that is as good as any, kept with the trainer's in checkpoints.
 
     With the few examples that a job holds out, a small difference between two states is chance, and the one that
-    learnt longer is the better bet. So a state is kept unless its accuracy falls behind the best one's by more.
+    learnt longer is the better bet. So a state is kept unless its accuracy falls behind the best one's by more. Where
+    the latest is kept, the steps that are left learn from all examples: of a few, those held out are many to miss.
     """
 
     def __init__(
         self,
         trainer: Trainer,
-        sampler: BatchSampler,
-        rest: Rest,
-        validation: Sequence[Batch],
-        settings: Hyperparameters,
+        train: Sequence[EncodedExample],
+        held_out: Sequence[EncodedExample],
+        spec: AdaptSpec,
         context: JobContext,
     ) -> None:
+        settings = spec.hyperparameters
+        every = [*train, *held_out]
         self._trainer = trainer
-        self._sampler = sampler
-        self._rest = rest
-        self._validation = validation
-        self._examples = sum(batch.num_sequences for batch in validation)
+        self._sampler = BatchSampler(train, settings.batch_size, spec.seed)
+        self._refit_sampler = BatchSampler(every, settings.batch_size, spec.seed)
+        self._rest = Rest(every, settings.rest, self._sampler.steps_per_epoch)
+        self._validation = validation_batches(held_out)
+        self._examples = len(held_out)
         self._settings = settings
+        self._search_steps = settings.steps - (round(settings.steps * settings.refit) if spec.drawn else 0)
         self._context = context
         self._best_accuracy = 0.0
         self._kept: Validation | None = None
@@ -296,47 +314,68 @@ class _Search:
     def run(self) -> None:
         if self._kept is None:
             self._validate()
+        self._find()
+        if self.kept_step >= self._search_steps:
+            self._refit()
+
+    @property
+    def refitted(self) -> bool:
+        """Whether what is kept has learnt from the held-out examples."""
+        return self.kept_step > self._search_steps
+
+    def _find(self) -> None:
+        """Step on the training part and compare states, until one falls behind for too long."""
+        for step in self._steps(self._sampler, self._search_steps):
+            if self._is_due(step) or step == self._search_steps:
+                self._validate()
+                if step - self.kept_step >= self._settings.patience * self._settings.evaluate_every:
+                    return
+                self._context.save(self._state())
+
+    def _refit(self) -> None:
+        """Step on all examples with the steps that are left; there is nothing to compare their states by."""
+        for step in self._steps(self._refit_sampler, self._settings.steps):
+            if self._is_due(step) and step < self._settings.steps:
+                self._context.save(self._state())
+        self._kept_parameters, self.kept_step = self._trainer.copy_parameters(), self._trainer.step_count
+
+    def _steps(self, sampler: BatchSampler, last: int) -> Iterator[int]:
+        """Take steps up to number `last`, each reported; raises Stopped, the state saved, when told to stop."""
         piece_size = self._trainer.lanes.piece_size(self._settings.batch_size)
-        for batches in self._sampler.from_step(self._trainer.step_count, piece_size, rest=self._rest):
-            if self._done():
-                return
+        batches = sampler.from_step(self._trainer.step_count, piece_size, rest=self._rest)
+        while self._trainer.step_count < last:
             if self._context.should_stop():
                 self._context.save(self._state())
                 raise Stopped
-            done = self._step(batches)
+            done = self._step(next(batches), sampler.sequences_per_step)
             step = self._trainer.step_count
             self._context.report("step", {"step": step, "steps": self._settings.steps, **done})
-            if step % self._settings.evaluate_every == 0 or step == self._settings.steps:
-                self._validate()
-                if not self._done():
-                    self._context.save(self._state())
+            yield step
 
-    def _step(self, batches: Sequence[Batch]) -> dict[str, Any]:
+    def _step(self, batches: Sequence[Batch], sequences: int) -> dict[str, Any]:
         """One step; returns its loss, to which the examples at rest have added nothing, and the number of those."""
         step = self._trainer.step_count
         examples = [example for batch in batches for example in batch.examples]
-        at_rest = self._sampler.sequences_per_step - len(examples)
+        at_rest = sequences - len(examples)
         loss = self._trainer.step(*batches, at_rest=at_rest)
         self._rest.note(examples, loss.of_sequences.tolist(), step)
         return {"loss": round(loss.mean.item(), 5), "at_rest": at_rest}
 
+    def _is_due(self, step: int) -> bool:
+        return step % self._settings.evaluate_every == 0
+
     def load(self, checkpoint: bytes) -> None:
         """Go on from a checkpoint of the same adaptation."""
         notes, self._kept_parameters = self._trainer.load_bytes(checkpoint)
-        self._rest.load(notes.get("rest", self._rest.state()))  # checkpoints of older servers have none
+        self._rest.load(notes.get("rests", self._rest.state()))  # checkpoints of older servers have none
         self._kept, self.kept_step = Validation(**notes["kept"]), notes["kept_step"]
         self._best_accuracy = notes["best_accuracy"]
 
     def restore_kept(self) -> Validation:
-        """Put the kept state back; returns how good it is."""
+        """Put the kept state back; returns how good it was when it was last compared."""
         assert self._kept is not None
         self._trainer.load_parameters(self._kept_parameters)
         return self._kept
-
-    def _done(self) -> bool:
-        step = self._trainer.step_count
-        waited = step - self.kept_step
-        return step >= self._settings.steps or waited >= self._settings.patience * self._settings.evaluate_every
 
     def _validate(self) -> None:
         validation = self._trainer.validate(self._validation)
@@ -353,15 +392,15 @@ class _Search:
             "kept": asdict(self._kept),
             "kept_step": self.kept_step,
             "best_accuracy": self._best_accuracy,
-            "rest": self._rest.state(),
+            "rests": self._rest.state(),
         }
         return self._trainer.to_bytes(notes, self._kept_parameters)
 
 
-def _encode_split(spec: AdaptSpec, backbone: Backbone) -> tuple[list[EncodedExample], list[Batch]]:
+def _encode_split(spec: AdaptSpec, backbone: Backbone) -> tuple[list[EncodedExample], list[EncodedExample]]:
     train = _encode(spec.examples, "examples", spec.instruction, spec.prompt_format, backbone)
     held_out = _encode(spec.validation, "validation", spec.instruction, spec.prompt_format, backbone)
-    return train, validation_batches(held_out)
+    return train, held_out
 
 
 def _encode(
@@ -386,7 +425,7 @@ def _validate_served(trainer: Trainer, served: Served | None, spec: AdaptSpec, b
 
 
 def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
-    settings = spec.hyperparameters.resolved(spec.method)
+    settings = spec.hyperparameters.resolved(spec.method, len(spec.examples))
     assert settings.adapter_lr is not None
     assert settings.routing_lr is not None
     return TrainerConfig(

@@ -56,7 +56,7 @@ def is_inventory_name(text: str) -> bool:
     return _INVENTORY_NAME.fullmatch(text) is not None
 
 
-def resolve_hyperparameters(
+def read_hyperparameters(
     columns: Sequence[Column], given: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Hyperparameters]:
     """{column: hyperparameters} of the columns that learn.
@@ -95,7 +95,7 @@ def _merged(column: Column, given: Mapping[str, Mapping[str, Any]]) -> Hyperpara
     for key in dict.fromkeys((UNNAMED, column.method, column.name)):
         values |= given.get(key, {})
     try:
-        return Hyperparameters.model_validate(values).resolved(Method(column.method))
+        return Hyperparameters.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))

@@ -20,9 +20,10 @@ from server.training.columns import (
     UNNAMED,
     Column,
     read_columns,
-    resolve_hyperparameters,
+    read_hyperparameters,
 )
 from server.training.evaluation_tasks import Draw, EvaluationTask, draw, read_evaluation_tasks
+from server.training.examples import count_held_out
 from server.training.prompts import DEFAULT_PROMPT_FORMAT
 from server.training.scores import RunSettings, Unit
 
@@ -88,7 +89,7 @@ class Plan:
         """Read tasks and inventories. Raises InvalidInput for whatever can be known to be wrong beforehand."""
         inventories = {name: Inventory.from_bytes(data) for name, data in config.inventories.items()}
         columns = read_columns(config.methods, inventories)
-        hyperparameters = resolve_hyperparameters(columns, config.hyperparameters)
+        hyperparameters = read_hyperparameters(columns, config.hyperparameters)
         tasks = {task.name: task for task in read_evaluation_tasks(config.data, config.tasks)}
         plan = cls(config, tasks, inventories, {column.name: column for column in columns}, hyperparameters)
         for task in tasks:
@@ -127,16 +128,22 @@ class Plan:
             },
             tasks={task.name: task.digest for task in self.tasks.values()},
             columns={
-                f"{column.name}, {number} examples" if column.uses_examples else column.name: self._about(column)
+                _row_name(column, number): self._about(column, number)
                 for column in self.columns.values()
                 for number in config.num_examples
             },
         )
 
-    def _about(self, column: Column) -> dict[str, Any]:
+    def _about(self, column: Column, num_examples: int) -> dict[str, Any]:
         about: dict[str, Any] = {}
         if column.inventory is not None:
             about["inventory"] = hashlib.sha256(self.config.inventories[column.inventory]).hexdigest()
         if column.name in self.hyperparameters:
-            about["hyperparameters"] = self.hyperparameters[column.name].used_by(Method(column.method))
+            method = Method(column.method)
+            to_learn_from = num_examples - count_held_out(num_examples, self.config.validation_fraction)
+            about["hyperparameters"] = self.hyperparameters[column.name].resolved(method, to_learn_from).used_by(method)
         return about
+
+
+def _row_name(column: Column, num_examples: int) -> str:
+    return f"{column.name}, {num_examples} examples" if column.uses_examples else column.name

@@ -254,6 +254,7 @@ def make_spec(request: Mapping[str, Any], prompt_format: str) -> AdaptSpec:
         prompt_format=prompt_format,
         hyperparameters=Hyperparameters(**request["hyperparameters"]),
         seed=request["seed"],
+        drawn=given is None,
     )
 
 

@@ -20,7 +20,11 @@ from server.training.adapt import (
     adapt,
     split_examples,
 )
+from server.training.batches import Batch
 from server.training.examples import Example
+from server.training.prompts import encode_prompt
+from server.training.trainer import StepLoss, Trainer
+from server.training.validation import Validation
 from tests.support.tiny_server import random_inventory
 
 
@@ -82,7 +86,7 @@ def test_every_method_learns_the_task(backbone: Backbone, examples: list[Example
     inventory = random_inventory(backbone, num_heads=1 if method.value.startswith("poly") else 4)
     recorder = Recorder()
     result = adapt(
-        _spec(examples, method),
+        _spec(examples, method, refit=0),
         backbone,
         inventory if method.needs_inventory else None,
         _served(mean_adapter(inventory)),
@@ -92,7 +96,7 @@ def test_every_method_learns_the_task(backbone: Backbone, examples: list[Example
     assert result.metrics["loss_after"] < result.metrics["loss_before"]
     assert (result.routing is not None) == method.routing_alone
     assert (result.adapter is not None) != method.routing_alone
-    # What is returned is what was measured: the best state, not the last one.
+    # Without a refit, what is returned is what was measured: the best state, not the last one.
     served = _served(_learnt(result, inventory))
     again = adapt(_spec(examples, method, steps=1), backbone, inventory, served, Recorder())
     assert again.before.loss == pytest.approx(result.after.loss, rel=1e-3)
@@ -121,7 +125,9 @@ def test_early_stopping_ends_sooner_and_keeps_a_state_from_before_the_fall(
     )
     assert knowing.after.accuracy == 1.0
     # Starts as what knows the held-out answers, and is taught others: it can only get worse.
-    spec = replace(_spec(examples, "poly-mu", steps=100, evaluate_every=2, patience=2), validation=held_out)
+    spec = replace(
+        _spec(examples, "poly-mu", steps=100, evaluate_every=2, patience=2), validation=held_out, drawn=False
+    )
     result = adapt(spec, backbone, _as_inventory(knowing.adapter, backbone), None, Recorder())
     assert result.metrics["steps"] == result.metrics["kept_step"] + 4 < 100
     assert result.after.accuracy == 1.0
@@ -131,10 +137,85 @@ def test_of_states_that_are_alike_the_latest_is_kept(
     backbone: Backbone, inventory: Inventory, examples: list[Example]
 ) -> None:
     # No state ever says this, so that all are alike: nothing speaks for stopping.
-    spec = replace(_spec(examples), validation=(Example("number 3", ("q",)), Example("number 4", ("q",))))
+    never = (Example("number 3", ("q",)), Example("number 4", ("q",)))
+    spec = replace(_spec(examples), validation=never, drawn=False)
     result = adapt(spec, backbone, inventory, None, Recorder())
     assert result.after.accuracy <= 0.5
     assert result.metrics["kept_step"] == result.metrics["steps"] == 15
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[set[tuple[int, ...]]]:
+    """The prompts of every step that a trainer takes."""
+    steps: list[set[tuple[int, ...]]] = []
+    step = Trainer.step
+
+    def note(self: Trainer, *batches: Batch, at_rest: int = 0) -> StepLoss:
+        steps.append({example.prompt for batch in batches for example in batch.examples})
+        return step(self, *batches, at_rest=at_rest)
+
+    monkeypatch.setattr(Trainer, "step", note)
+    return steps
+
+
+def _prompts(examples: tuple[Example, ...], backbone: Backbone) -> set[tuple[int, ...]]:
+    return {
+        tuple(encode_prompt(backbone.tokenizer, f"Definition: Say it.\n\nInput: {e.input}\n\nOutput:"))
+        for e in examples
+    }
+
+
+def test_the_last_half_of_the_steps_learns_from_what_was_held_out_too(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], seen: list[set[tuple[int, ...]]]
+) -> None:
+    spec = _spec(examples, steps=20)
+    result = adapt(spec, backbone, inventory, None, Recorder())
+    held_out = _prompts(spec.validation, backbone)
+    assert len(held_out) == len(spec.validation)
+    assert not held_out & set.union(*seen[:10])
+    assert held_out <= set.union(*seen[10:])
+    assert result.metrics["refit"]
+    assert result.metrics["kept_step"] == result.metrics["steps"] == len(seen) == 20
+    # What the held-out part said of the state before, it says better of what is returned.
+    again = adapt(spec, backbone, inventory, _served(result.adapter), Recorder())
+    assert again.before.loss < result.after.loss
+
+
+def test_what_somebody_set_apart_is_never_learnt_from(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], seen: list[set[tuple[int, ...]]]
+) -> None:
+    spec = replace(_spec(examples, steps=20), drawn=False)
+    result = adapt(spec, backbone, inventory, None, Recorder())
+    assert set.union(*seen) == _prompts(spec.examples, backbone)
+    assert not result.metrics["refit"]
+
+
+def test_a_search_that_fell_behind_is_not_refitted(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verdicts = iter([Validation(0.5, 1.0), Validation(1.0, 0.5), *[Validation(0.0, 2.0)] * 9])
+    monkeypatch.setattr(Trainer, "validate", lambda *args: next(verdicts))
+    result = adapt(_spec(examples, steps=20), backbone, inventory, None, Recorder())
+    assert not result.metrics["refit"]
+    assert result.metrics["kept_step"] == 0
+    assert result.metrics["steps"] == 10
+
+
+@pytest.mark.parametrize("stop_at", [12, 15])
+def test_a_refit_taken_up_again_ends_as_if_it_had_not_stopped(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], stop_at: int
+) -> None:
+    spec = _spec(examples, steps=20)
+    whole, first, second = Recorder(), Recorder(stop_at), Recorder()
+    expected = adapt(spec, backbone, inventory, None, whole)
+    with pytest.raises(Stopped):
+        adapt(spec, backbone, inventory, None, first)
+    result = adapt(spec, backbone, inventory, None, second, first.checkpoint)
+    assert first.losses + second.losses == whole.losses
+    assert result.metrics["refit"]
+    assert result.after == expected.after
+    for linear, pair in _learnt(expected, inventory).weights.items():
+        assert torch.equal(_learnt(result, inventory).weights[linear].B, pair.B)
 
 
 def test_what_is_served_is_measured_with_its_own_instruction(backbone: Backbone, examples: list[Example]) -> None:
@@ -175,7 +256,8 @@ def test_what_is_known_by_heart_rests_and_stays_known(
     def learn(rest: int) -> tuple[AdaptResult, Recorder]:
         recorder = Recorder()
         spec = _spec(examples, steps=60, evaluate_every=60, batch_size=3, adapter_lr=3e-2, rest=rest)
-        return adapt(replace(spec, validation=spec.examples), backbone, inventory, None, recorder), recorder
+        spec = replace(spec, validation=spec.examples, drawn=False)
+        return adapt(spec, backbone, inventory, None, recorder), recorder
 
     (always, without), (resting, recorder) = learn(0), learn(10)
     assert set(without.at_rest) == {0}
@@ -231,16 +313,26 @@ def test_a_method_without_its_inventory_is_refused(backbone: Backbone, examples:
         adapt(_spec(examples), backbone, None, None, Recorder())
 
 
-@pytest.mark.parametrize(("method", "rate"), [(Method.LORA, 0.003), (Method.MHR, 0.001), (Method.POLY_MU, 0.001)])
-def test_what_begins_trained_learns_with_smaller_steps(method: Method, rate: float) -> None:
-    assert Hyperparameters().resolved(method).adapter_lr == rate
-    assert Hyperparameters(adapter_lr=0.02).resolved(method).adapter_lr == 0.02
+@pytest.mark.parametrize(
+    ("method", "num_examples", "rate"),
+    [
+        (Method.LORA, 24, 0.003),
+        (Method.LORA, 6, 0.003),
+        (Method.MHR, 24, 0.001),
+        (Method.POLY_MU, 24, 0.001),
+        (Method.MHR, 9, 0.001),
+        (Method.MHR, 8, 0.0005),  # all of them in one step
+    ],
+)
+def test_what_begins_trained_learns_with_smaller_steps(method: Method, num_examples: int, rate: float) -> None:
+    assert Hyperparameters().resolved(method, num_examples).adapter_lr == rate
+    assert Hyperparameters(adapter_lr=0.02).resolved(method, num_examples).adapter_lr == 0.02
 
 
-@pytest.mark.parametrize(("method", "rate"), [(Method.MHR, 0.01), (Method.POLY, 0.01), (Method.MHR_Z, 0.15)])
+@pytest.mark.parametrize(("method", "rate"), [(Method.MHR, 0.003), (Method.POLY, 0.003), (Method.MHR_Z, 0.15)])
 def test_routing_learns_with_smaller_steps_beside_skills(method: Method, rate: float) -> None:
-    assert Hyperparameters().resolved(method).routing_lr == rate
-    assert Hyperparameters(routing_lr=0.2).resolved(method).routing_lr == 0.2
+    assert Hyperparameters().resolved(method, 24).routing_lr == rate
+    assert Hyperparameters(routing_lr=0.2).resolved(method, 24).routing_lr == 0.2
 
 
 @pytest.mark.parametrize("method", ["mhr", "mhr-z", "mhr-mu", "lora"])
@@ -261,7 +353,7 @@ def test_hyperparameters_that_a_method_does_not_use_change_nothing(
 
 @pytest.mark.parametrize(
     ("method", "name", "own", "another"),
-    [("mhr", "adapter_lr", 1e-3, 3e-3), ("mhr", "routing_lr", 0.01, 0.3), ("mhr-z", "routing_lr", 0.15, 0.03)],
+    [("mhr", "adapter_lr", 1e-3, 3e-3), ("mhr", "routing_lr", 0.003, 0.3), ("mhr-z", "routing_lr", 0.15, 0.03)],
 )
 def test_an_adaptation_that_asks_for_no_learning_rate_takes_its_methods(
     backbone: Backbone,

@@ -5,7 +5,7 @@ import pytest
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.errors import InvalidInput
-from server.training.columns import read_columns, resolve_hyperparameters
+from server.training.columns import read_columns, read_hyperparameters
 from tests.support.tiny_server import random_inventory
 
 
@@ -47,7 +47,7 @@ def test_without_an_inventory_the_option_is_named() -> None:
 def test_the_narrower_hyperparameters_win(inventories: dict[str, Inventory]) -> None:
     columns = read_columns(["mu", "mhr", "poly-mu@flat", "mhr-mu"], inventories)
     given = {"": {"steps": 5, "rank": 2}, "poly-mu": {"steps": 6}, "poly-mu@flat": {"steps": 7}, "mhr-mu": {"rank": 3}}
-    resolved = resolve_hyperparameters(columns, given)
+    resolved = read_hyperparameters(columns, given)
     assert {name: (h.steps, h.rank) for name, h in resolved.items()} == {
         "mhr": (5, 2),
         "poly-mu@flat": (7, 2),
@@ -68,4 +68,4 @@ def test_hyperparameters_without_effect_are_refused(
     inventories: dict[str, Inventory], given: dict[str, dict[str, object]], reason: str
 ) -> None:
     with pytest.raises(InvalidInput, match=reason):
-        resolve_hyperparameters(read_columns(["mu", "mhr"], inventories), given)
+        read_hyperparameters(read_columns(["mu", "mhr"], inventories), given)

@@ -270,6 +270,6 @@ def test_a_checkpoint_that_cannot_be_written_fails_the_job(
 
 def test_a_spec_holds_out_what_the_request_says() -> None:
     spec = make_spec(_request(validation={"fraction": 0.5}), "definition-input-output")
-    assert (len(spec.examples), len(spec.validation)) == (6, 6)
+    assert (len(spec.examples), len(spec.validation), spec.drawn) == (6, 6, True)
     given = make_spec(_request(validation={"examples": [{"input": "a", "output": ["b"]}]}), "definition-input-output")
-    assert (len(given.examples), len(given.validation)) == (12, 1)
+    assert (len(given.examples), len(given.validation), given.drawn) == (12, 1, False)
