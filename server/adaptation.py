@@ -11,9 +11,9 @@ from adapters_store.store import Store
 from server.backbone import Backbone
 from server.errors import InvalidInput
 from server.tasks import TaskCatalog, check_not_reserved
-from server.training.adapt import Method
 from server.training.batches import encode_examples
 from server.training.examples import Example
+from server.training.methods import Method
 
 
 class AdaptationService:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
 
-from server.training.adapt import Hyperparameters
+from server.training.methods import Hyperparameters
 
 TASK_ID = r"^[a-z0-9][a-z0-9._-]{0,127}$"
 MAX_TEXT = 1_000_000

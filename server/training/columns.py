@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from server.adapters.inventory import Inventory
 from server.errors import InvalidInput
-from server.training.adapt import Hyperparameters, Method
+from server.training.methods import Hyperparameters, Method
 
 BASE, DEMONSTRATIONS, MEAN = "base", "demos", "mu"
 METHODS = (BASE, DEMONSTRATIONS, MEAN, *(method.value for method in Method))

@@ -13,7 +13,6 @@ import torch
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone, load_backbone, training_dtype
 from server.errors import InvalidInput
-from server.training.adapt import Hyperparameters, Method
 from server.training.columns import (
     BASE,
     MEAN,
@@ -24,6 +23,7 @@ from server.training.columns import (
 )
 from server.training.evaluation_tasks import Draw, EvaluationTask, draw, read_evaluation_tasks
 from server.training.examples import count_held_out
+from server.training.methods import Hyperparameters, Method
 from server.training.prompts import DEFAULT_PROMPT_FORMAT
 from server.training.scores import RunSettings, Unit
 

@@ -13,13 +13,14 @@ from server.adapters.assembly import Adapter, assemble, mean_adapter
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.errors import BackboneMismatch
-from server.training.adapt import AdaptSpec, Method, adapt, split_examples
+from server.training.adapt import AdaptSpec, adapt, split_examples
 from server.training.answering import Answerer
 from server.training.columns import DEMONSTRATIONS, MEAN, Column
 from server.training.demonstrations import fit_demonstrations, order_demonstrations
 from server.training.evaluation_plan import Plan
 from server.training.evaluation_tasks import Draw, EvaluationTask
 from server.training.examples import Example
+from server.training.methods import Method
 from server.training.prompts import encode_answer, find_prompt_format
 from server.training.rouge import exact_match, rouge_l
 from server.training.scores import Score, Unit

@@ -23,15 +23,14 @@ from server.tasks import MEAN, TaskCatalog
 from server.training.adapt import (
     AdaptResult,
     AdaptSpec,
-    Hyperparameters,
-    Method,
     Served,
-    Stopped,
     adapt,
     split_examples,
 )
 from server.training.examples import Example
+from server.training.methods import Hyperparameters, Method
 from server.training.pace import Pace
+from server.training.search import Stopped
 
 LEASE_S = 30.0
 MAX_ATTEMPTS = 3

@@ -25,9 +25,10 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from server.adapters.assembly import Adapter, assemble
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone, load_backbone
-from server.training.adapt import AdaptSpec, Hyperparameters, Method, adapt, split_examples
+from server.training.adapt import AdaptSpec, adapt, split_examples
 from server.training.answering import Answerer
 from server.training.examples import Example
+from server.training.methods import Hyperparameters, Method
 from server.training.pretrain import pretrain
 from server.training.pretrain_config import PretrainConfig, choose_layout
 from server.training.prompts import DEFAULT_PROMPT_FORMAT, encode_answer, encode_prompt, render_prompt

@@ -22,7 +22,7 @@ from server.engine.merged import MergedStats
 from server.errors import MHRError
 from server.metrics import Metrics
 from server.settings import Settings, env_name
-from server.training.adapt import Hyperparameters, Method
+from server.training.methods import Hyperparameters, Method
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [*ROOT.glob("*.md"), ROOT / "clients" / "python" / "README.md", *(ROOT / "docs").rglob("*.md")]

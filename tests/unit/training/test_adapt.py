@@ -13,16 +13,15 @@ from server.errors import InvalidInput
 from server.training.adapt import (
     AdaptResult,
     AdaptSpec,
-    Hyperparameters,
-    Method,
     Served,
-    Stopped,
     adapt,
     split_examples,
 )
 from server.training.batches import Batch
 from server.training.examples import Example
+from server.training.methods import Hyperparameters, Method
 from server.training.prompts import encode_prompt
+from server.training.search import Stopped
 from server.training.trainer import StepLoss, Trainer
 from server.training.validation import Validation
 from tests.support.tiny_server import random_inventory

@@ -19,7 +19,8 @@ from server.backbone import Backbone
 from server.inventories import import_inventory
 from server.tasks import TaskCatalog
 from server.training import worker as worker_module
-from server.training.adapt import AdaptResult, Stopped
+from server.training.adapt import AdaptResult
+from server.training.search import Stopped
 from server.training.worker import MAX_ATTEMPTS, Lease, Worker, make_spec
 from tests.support.tiny_server import random_inventory
 

@@ -1,0 +1,165 @@
+"""The steps of an adaptation: those that search a state by what is held out, and those that learn from all examples."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from server.training.batches import Batch, EncodedExample, collate
+from server.training.methods import Hyperparameters
+from server.training.rest import Rest
+from server.training.sampling import BatchSampler
+from server.training.trainer import Trainer
+from server.training.validation import Validation, chance
+
+_VALIDATION_BATCH = 16
+
+
+class JobContext(Protocol):
+    """What a running adaptation needs of whoever runs it."""
+
+    def should_stop(self) -> bool:
+        """Asked before every step."""
+        ...
+
+    def report(self, event: str, data: dict[str, Any]) -> None:
+        """Told of every step (`step`) and every validation (`validation`)."""
+        ...
+
+    def save(self, checkpoint: bytes) -> None:
+        """Given a state from which the same adaptation can go on; may raise what went wrong with an earlier one."""
+        ...
+
+
+class Stopped(Exception):
+    """`should_stop` ended the adaptation before it was done; its last checkpoint stands."""
+
+
+class Search:
+    """Training with early stopping: the latest state that is as good as any, kept with the trainer's in checkpoints.
+
+    With the few examples that a job holds out, a small difference between two states is chance, and the one that
+    learnt longer is the better bet. So a state is kept unless its accuracy falls behind the best one's by more. Where
+    the latest is kept, the steps that are left learn from all examples: of a few, those held out are many to miss.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        train: Sequence[EncodedExample],
+        held_out: Sequence[EncodedExample],
+        settings: Hyperparameters,
+        context: JobContext,
+        *,
+        refit: bool,
+    ) -> None:
+        """`refit`: whether the held-out examples may be learnt from once they have said what they can."""
+        every = [*train, *held_out]
+        seed = trainer.config.seed
+        self._trainer = trainer
+        self._sampler = BatchSampler(train, settings.batch_size, seed)
+        self._refit_sampler = BatchSampler(every, settings.batch_size, seed)
+        self._rest = Rest(every, settings.rest, self._sampler.steps_per_epoch)
+        self._validation = validation_batches(held_out)
+        self._examples = len(held_out)
+        self._settings = settings
+        self._search_steps = settings.steps - (round(settings.steps * settings.refit) if refit else 0)
+        self._context = context
+        self._best_accuracy = 0.0
+        self._kept: Validation | None = None
+        self._kept_parameters: Mapping[str, Tensor] = {}
+        self.kept_step = 0
+
+    def run(self) -> None:
+        if self._kept is None:
+            self._validate()
+        self._find()
+        if self.kept_step >= self._search_steps:
+            self._refit()
+
+    @property
+    def refitted(self) -> bool:
+        """Whether what is kept has learnt from the held-out examples."""
+        return self.kept_step > self._search_steps
+
+    def load(self, checkpoint: bytes) -> None:
+        """Go on from a checkpoint of the same adaptation."""
+        notes, self._kept_parameters = self._trainer.load_bytes(checkpoint)
+        self._rest.load(notes.get("rests", self._rest.state()))  # checkpoints of older servers have none
+        self._kept, self.kept_step = Validation(**notes["kept"]), notes["kept_step"]
+        self._best_accuracy = notes["best_accuracy"]
+
+    def restore_kept(self) -> Validation:
+        """Put the kept state back; returns how good it was when it was last compared."""
+        assert self._kept is not None
+        self._trainer.load_parameters(self._kept_parameters)
+        return self._kept
+
+    def _find(self) -> None:
+        """Step on the training part and compare states, until one falls behind for too long."""
+        for step in self._steps(self._sampler, self._search_steps):
+            if self._is_due(step) or step == self._search_steps:
+                self._validate()
+                if step - self.kept_step >= self._settings.patience * self._settings.evaluate_every:
+                    return
+                self._context.save(self._state())
+
+    def _refit(self) -> None:
+        """Step on all examples with the steps that are left; there is nothing to compare their states by."""
+        for step in self._steps(self._refit_sampler, self._settings.steps):
+            if self._is_due(step) and step < self._settings.steps:
+                self._context.save(self._state())
+        self._kept_parameters, self.kept_step = self._trainer.copy_parameters(), self._trainer.step_count
+
+    def _steps(self, sampler: BatchSampler, last: int) -> Iterator[int]:
+        """Take steps up to number `last`, each reported; raises Stopped, the state saved, when told to stop."""
+        piece_size = self._trainer.lanes.piece_size(self._settings.batch_size)
+        batches = sampler.from_step(self._trainer.step_count, piece_size, rest=self._rest)
+        while self._trainer.step_count < last:
+            if self._context.should_stop():
+                self._context.save(self._state())
+                raise Stopped
+            done = self._step(next(batches), sampler.sequences_per_step)
+            step = self._trainer.step_count
+            self._context.report("step", {"step": step, "steps": self._settings.steps, **done})
+            yield step
+
+    def _step(self, batches: Sequence[Batch], sequences: int) -> dict[str, Any]:
+        """One step; returns its loss, to which the examples at rest have added nothing, and the number of those."""
+        step = self._trainer.step_count
+        examples = [example for batch in batches for example in batch.examples]
+        at_rest = sequences - len(examples)
+        loss = self._trainer.step(*batches, at_rest=at_rest)
+        self._rest.note(examples, loss.of_sequences.tolist(), step)
+        return {"loss": round(loss.mean.item(), 5), "at_rest": at_rest}
+
+    def _is_due(self, step: int) -> bool:
+        return step % self._settings.evaluate_every == 0
+
+    def _validate(self) -> None:
+        validation = self._trainer.validate(self._validation)
+        step = self._trainer.step_count
+        self._context.report("validation", {"step": step, "of": "learner", **asdict(validation)})
+        self._best_accuracy = max(self._best_accuracy, validation.accuracy)
+        if validation.accuracy >= self._best_accuracy - chance(self._best_accuracy, self._examples):
+            self._kept, self.kept_step = validation, step
+            self._kept_parameters = self._trainer.copy_parameters()
+
+    def _state(self) -> bytes:
+        assert self._kept is not None
+        notes = {
+            "kept": asdict(self._kept),
+            "kept_step": self.kept_step,
+            "best_accuracy": self._best_accuracy,
+            "rests": self._rest.state(),
+        }
+        return self._trainer.to_bytes(notes, self._kept_parameters)
+
+
+def validation_batches(examples: Sequence[EncodedExample]) -> list[Batch]:
+    """Batches of similar length over all examples, in a fixed order."""
+    ordered = sorted(examples, key=lambda example: example.length)
+    return [collate(ordered[i : i + _VALIDATION_BATCH]) for i in range(0, len(ordered), _VALIDATION_BATCH)]
