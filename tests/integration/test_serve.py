@@ -103,7 +103,7 @@ def wait_for_checkpoint(server: ServerProcess, client: httpx.Client, job_id: str
 def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(serve: Serve) -> None:
     server = serve()
     client = server.wait_ready()
-    steps = {"steps": 20, "evaluate_every": 2, "patience": 100, "batch_size": 2}
+    steps = {"steps": 20, "evaluate_every": 2, "patience": 100, "batch_size": 2, "refit": 0}
     job_id = adapt(client, "resumed", promote="always", hyperparameters=steps)
     wait_for_checkpoint(server, client, job_id)
     first = server.worker_pid()
@@ -120,7 +120,7 @@ def test_a_job_whose_worker_is_killed_goes_on_from_its_checkpoint(serve: Serve) 
 def test_a_killed_server_leaves_no_worker_and_the_next_one_goes_on(serve: Serve) -> None:
     server = serve()
     client = server.wait_ready()
-    steps = {"steps": 16, "evaluate_every": 2, "patience": 100, "batch_size": 2}
+    steps = {"steps": 16, "evaluate_every": 2, "patience": 100, "batch_size": 2, "refit": 0}
     job_id = adapt(client, "carried-over", promote="always", hyperparameters=steps)
     wait_for_checkpoint(server, client, job_id)
     worker = server.worker_pid()
