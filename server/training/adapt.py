@@ -27,7 +27,7 @@ from server.training.learners import (
     routing_learner,
 )
 from server.training.methods import Hyperparameters, Method
-from server.training.search import JobContext, Search, validation_batches
+from server.training.search import JobContext, Search, validate_each
 from server.training.trainer import Trainer, TrainerConfig
 from server.training.validation import Validation
 
@@ -52,23 +52,28 @@ class AdaptSpec:
 
 @dataclass(frozen=True)
 class Served:
-    """What answers for a task before it is adapted: an adapter, or None for the bare backbone, and its prompt."""
+    """What answers for a task before it is adapted: an adapter, or None for the bare backbone, and its prompt.
+
+    Examples that it was `learnt` from cannot say how good it is.
+    """
 
     adapter: Adapter | None
     instruction: str
     prompt_format: str
+    learnt: frozenset[Example] = frozenset()
 
 
 @dataclass(frozen=True)
 class AdaptResult:
     """What was learnt: a routing (L, h, K) for the `-z` methods, else an adapter of its own.
 
-    `before` and `after` are of the same held-out examples: what was served, and what was learnt before a refit.
+    `before` and `after` are of the same held-out examples, those that what was served had not learnt from: what was
+    served, and what was learnt before a refit. If it had learnt from all, `before` is None and `after` is of all.
     """
 
     routing: Tensor | None
     adapter: Adapter | None
-    before: Validation
+    before: Validation | None
     after: Validation
     metrics: dict[str, Any]
 
@@ -99,27 +104,32 @@ def adapt(
     context, Stopped when told to stop.
     """
     began = time.perf_counter()
+    served = served or Served(None, spec.instruction, spec.prompt_format)
     train, held_out = _encode_split(spec, backbone)
     learner = make_learner(spec, backbone, inventory)
     trainer = Trainer(backbone.model, inject(backbone.model), learner, _trainer_config(spec))
-    before = _validate_served(trainer, served, spec, backbone)
-    context.report("validation", {"step": 0, "of": "served", **asdict(before)})
+    compared = [place for place, example in enumerate(spec.validation) if example not in served.learnt]
+    before = _validate_served(trainer, served, [spec.validation[place] for place in compared], backbone)
+    if before is not None:
+        context.report("validation", {"step": 0, "of": "served", **asdict(before)})
     search = Search(trainer, train, held_out, spec.hyperparameters, context, refit=spec.drawn)
     if checkpoint is not None:
         search.load(checkpoint)
         context.report("from_checkpoint", {"step": trainer.step_count})
     search.run()
-    after = search.restore_kept()
+    of_each = search.restore_kept()
+    after = Validation.mean([of_each[place] for place in compared] or of_each)
     metrics = {
-        "accuracy_before": before.accuracy,
+        "accuracy_before": before and before.accuracy,
         "accuracy_after": after.accuracy,
-        "loss_before": before.loss,
+        "loss_before": before and before.loss,
         "loss_after": after.loss,
         "kept_step": search.kept_step,
         "steps": trainer.step_count,
         "refit": search.refitted,
         "train_examples": len(train),
         "validation_examples": len(spec.validation),
+        "compared_examples": len(compared),
         "trained_parameters": sum(p.numel() for p in learner.parameters() if p.requires_grad),
         "seconds": round(time.perf_counter() - began, 1),
     }
@@ -148,7 +158,7 @@ def _encode_split(spec: AdaptSpec, backbone: Backbone) -> tuple[list[EncodedExam
 
 
 def _encode(
-    examples: tuple[Example, ...], place: str, instruction: str, prompt_format: str, backbone: Backbone
+    examples: Sequence[Example], place: str, instruction: str, prompt_format: str, backbone: Backbone
 ) -> list[EncodedExample]:
     return encode_examples(
         backbone.tokenizer,
@@ -161,11 +171,14 @@ def _encode(
     )
 
 
-def _validate_served(trainer: Trainer, served: Served | None, spec: AdaptSpec, backbone: Backbone) -> Validation:
-    """The held-out examples under what is served, with the prompt that it was made for."""
-    served = served or Served(None, spec.instruction, spec.prompt_format)
-    encoded = _encode(spec.validation, "validation", served.instruction, served.prompt_format, backbone)
-    return trainer.validate(validation_batches(encoded), FixedLearner(served.adapter))
+def _validate_served(
+    trainer: Trainer, served: Served, examples: Sequence[Example], backbone: Backbone
+) -> Validation | None:
+    """Held-out examples under what is served, with the prompt that it was made for; None of none."""
+    if not examples:
+        return None
+    encoded = _encode(examples, "validation", served.instruction, served.prompt_format, backbone)
+    return Validation.mean(validate_each(trainer, encoded, FixedLearner(served.adapter)))
 
 
 def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
@@ -185,7 +198,7 @@ def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
 
 
 def _result(
-    method: Method, learner: Learner, before: Validation, after: Validation, metrics: dict[str, Any]
+    method: Method, learner: Learner, before: Validation | None, after: Validation, metrics: dict[str, Any]
 ) -> AdaptResult:
     if isinstance(learner, PlainLearner):
         return AdaptResult(None, learner.adapter(), before, after, metrics)

@@ -27,6 +27,7 @@ from server.training.pretrain_data import PretrainData, describe_changes, load_d
 from server.training.run_folder import CARD, INVENTORY, RunFolder, read_log
 from server.training.sampling import BatchSampler
 from server.training.trainer import Trainer
+from server.training.validation import Validation
 
 # Reading a loss makes a GPU wait for its work; a CPU has nothing to wait for.
 _STEPS_A_REPORT = {"cpu": 1, "cuda": 10}
@@ -216,7 +217,7 @@ class _Run:
         """Mean loss of each task's held-out part, in nats per answer token; each process computes some."""
         losses = torch.zeros(len(self._data.tasks), device=self._trainer.device)
         for task in range(self._processes.rank, len(losses), self._processes.world_size):
-            losses[task] = self._trainer.validate([self._data.validation[task]]).loss
+            losses[task] = Validation.mean(self._trainer.validate([self._data.validation[task]])).loss
         values = self._processes.add_up(losses).tolist()
         return {task.task: round(loss, 4) for task, loss in zip(self._data.tasks, values, strict=True)}
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from server.training.batches import Batch, EncodedExample, collate
+from server.training.learners import Learner
 from server.training.methods import Hyperparameters
 from server.training.rest import Rest
 from server.training.sampling import BatchSampler
@@ -63,18 +64,17 @@ class Search:
         self._sampler = BatchSampler(train, settings.batch_size, seed)
         self._refit_sampler = BatchSampler(every, settings.batch_size, seed)
         self._rest = Rest(every, settings.rest, self._sampler.steps_per_epoch)
-        self._validation = validation_batches(held_out)
-        self._examples = len(held_out)
+        self._held_out = held_out
         self._settings = settings
         self._search_steps = settings.steps - (round(settings.steps * settings.refit) if refit else 0)
         self._context = context
         self._best_accuracy = 0.0
-        self._kept: Validation | None = None
+        self._kept: Sequence[Validation] = ()  # of each held-out example
         self._kept_parameters: Mapping[str, Tensor] = {}
         self.kept_step = 0
 
     def run(self) -> None:
-        if self._kept is None:
+        if not self._kept:
             self._validate()
         self._find()
         if self.kept_step >= self._search_steps:
@@ -89,12 +89,14 @@ class Search:
         """Go on from a checkpoint of the same adaptation."""
         notes, self._kept_parameters = self._trainer.load_bytes(checkpoint)
         self._rest.load(notes.get("rests", self._rest.state()))  # checkpoints of older servers have none
-        self._kept, self.kept_step = Validation(**notes["kept"]), notes["kept_step"]
+        kept = notes["kept"]
+        if isinstance(kept, dict):  # of older servers, which noted the mean alone
+            kept = [kept] * len(self._held_out)
+        self._kept, self.kept_step = [Validation(**of_one) for of_one in kept], notes["kept_step"]
         self._best_accuracy = notes["best_accuracy"]
 
-    def restore_kept(self) -> Validation:
-        """Put the kept state back; returns how good it was when it was last compared."""
-        assert self._kept is not None
+    def restore_kept(self) -> Sequence[Validation]:
+        """Put the kept state back; returns how good it was when it was last compared, of each held-out example."""
         self._trainer.load_parameters(self._kept_parameters)
         return self._kept
 
@@ -140,18 +142,18 @@ class Search:
         return step % self._settings.evaluate_every == 0
 
     def _validate(self) -> None:
-        validation = self._trainer.validate(self._validation)
+        of_each = validate_each(self._trainer, self._held_out)
+        validation = Validation.mean(of_each)
         step = self._trainer.step_count
         self._context.report("validation", {"step": step, "of": "learner", **asdict(validation)})
         self._best_accuracy = max(self._best_accuracy, validation.accuracy)
-        if validation.accuracy >= self._best_accuracy - chance(self._best_accuracy, self._examples):
-            self._kept, self.kept_step = validation, step
+        if validation.accuracy >= self._best_accuracy - chance(self._best_accuracy, len(of_each)):
+            self._kept, self.kept_step = of_each, step
             self._kept_parameters = self._trainer.copy_parameters()
 
     def _state(self) -> bytes:
-        assert self._kept is not None
         notes = {
-            "kept": asdict(self._kept),
+            "kept": [asdict(of_one) for of_one in self._kept],
             "kept_step": self.kept_step,
             "best_accuracy": self._best_accuracy,
             "rests": self._rest.state(),
@@ -159,7 +161,12 @@ class Search:
         return self._trainer.to_bytes(notes, self._kept_parameters)
 
 
-def validation_batches(examples: Sequence[EncodedExample]) -> list[Batch]:
-    """Batches of similar length over all examples, in a fixed order."""
-    ordered = sorted(examples, key=lambda example: example.length)
-    return [collate(ordered[i : i + _VALIDATION_BATCH]) for i in range(0, len(ordered), _VALIDATION_BATCH)]
+def validate_each(
+    trainer: Trainer, examples: Sequence[EncodedExample], learner: Learner | None = None
+) -> list[Validation]:
+    """Of each example, in their order, computed in batches of similar length; of another learner where one is given."""
+    by_length = sorted(range(len(examples)), key=lambda place: examples[place].length)
+    pieces = [by_length[i : i + _VALIDATION_BATCH] for i in range(0, len(examples), _VALIDATION_BATCH)]
+    validations = trainer.validate([collate([examples[place] for place in piece]) for piece in pieces], learner)
+    of_place = dict(zip(by_length, validations, strict=True))
+    return [of_place[place] for place in range(len(examples))]

@@ -111,16 +111,14 @@ class Trainer:
         return answer_losses(self._logits(batch, self.learner, noise), batch)
 
     @torch.inference_mode()
-    def validate(self, batches: Iterable[Batch], learner: Learner | None = None) -> Validation:
-        """Of held-out batches, each sequence counting alike; of another learner where one is given."""
-        totals, sequences = torch.zeros(2, dtype=torch.float64, device=self.device), 0
+    def validate(self, batches: Iterable[Batch], learner: Learner | None = None) -> list[Validation]:
+        """Of each sequence of held-out batches, in their own order; of another learner where one is given."""
+        of_batches = []
         for host_batch in batches:
             batch = host_batch.to(self.device)
             logits = self._logits(batch, learner or self.learner, None)
-            totals += torch.stack((answer_accuracies(logits, batch), answer_losses(logits, batch))).sum(dim=1)
-            sequences += batch.num_sequences
-        accuracy, loss = (totals / sequences).tolist()
-        return Validation(round(accuracy, 5), round(loss, 5))
+            of_batches.append(torch.stack((answer_accuracies(logits, batch), answer_losses(logits, batch)), dim=1))
+        return [Validation(accuracy, loss) for accuracy, loss in torch.cat(of_batches).tolist()]
 
     def _logits(self, batch: Batch, learner: Learner, noise: torch.Generator | None) -> Tensor:
         adapters = learner.adapters(batch.tasks, self.model.dtype, noise)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 _FEWEST_ERRORS = 0.02  # variance p (1 - p) of an accuracy that a few examples show as perfect
@@ -10,7 +11,7 @@ _FEWEST_ERRORS = 0.02  # variance p (1 - p) of an accuracy that a few examples s
 
 @dataclass(frozen=True)
 class Validation:
-    """Over held-out examples, each counting alike.
+    """Of one held-out example, or the mean over several.
 
     `accuracy` is the share of an answer's tokens, its end included, that the model would choose after the tokens
     before them; `loss` is in nats per token.
@@ -18,6 +19,13 @@ class Validation:
 
     accuracy: float
     loss: float
+
+    @classmethod
+    def mean(cls, of_each: Sequence[Validation]) -> Validation:
+        """Over at least one example, each counting alike."""
+        accuracy = sum(one.accuracy for one in of_each) / len(of_each)
+        loss = sum(one.loss for one in of_each) / len(of_each)
+        return cls(round(accuracy, 5), round(loss, 5))
 
     def better_than(self, other: Validation) -> bool:
         """More accurate, or as accurate with less loss.

@@ -12,7 +12,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from adapters_store.errors import LeaseLost, StoreError
-from adapters_store.records import InventoryRecord, JobRecord, VersionKind
+from adapters_store.records import InventoryRecord, JobRecord, VersionKind, VersionRecord
 from adapters_store.store import Store
 from server.adapters.blobs import adapter_to_bytes, routing_to_bytes
 from server.adapters.inventory import Inventory
@@ -103,7 +103,7 @@ class Worker:
             spec,
             backbone,
             inventory,
-            _served(catalog, job.task_id, spec),
+            self._served(catalog, job.task_id, spec),
             lease,
             self._store.load_checkpoint(job.id),
         )
@@ -115,6 +115,28 @@ class Worker:
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
+
+    def _served(self, catalog: TaskCatalog, task_id: str, spec: AdaptSpec) -> Served | None:
+        """What a new version has to beat: the served version, else the mean, else the bare backbone (None)."""
+        for reference in (task_id, MEAN):
+            try:
+                resolved = catalog.resolve(reference)
+            except (NotFound, Conflict, AdapterUnavailable):
+                continue
+            resolved.release()
+            adapter = None if resolved.pinned is None else resolved.pinned.adapter
+            if resolved.version is None:  # the mean belongs to no task: the new task's prompt is its prompt
+                return Served(adapter, spec.instruction, spec.prompt_format)
+            learnt = self._learnt(self._store.get_version(task_id, resolved.version))
+            return Served(adapter, resolved.instruction, resolved.prompt_format, learnt)
+        return None
+
+    def _learnt(self, version: VersionRecord) -> frozenset[Example]:
+        """The examples that a version was learnt from; none of one that came by another way than a job."""
+        if version.job_id is None:
+            return frozenset()
+        train, held_out = _split(self._store.get_job(version.job_id).request)
+        return frozenset((*train, *held_out) if version.metrics.get("refit") else train)
 
     def _keep(
         self,
@@ -237,14 +259,7 @@ class Lease:
 
 def make_spec(request: Mapping[str, Any], prompt_format: str) -> AdaptSpec:
     """The adaptation that a job's request asks for."""
-    validation = request.get("validation") or {}
-    given = validation.get("examples")
-    train, held_out = split_examples(
-        _examples(request["examples"]),
-        None if given is None else _examples(given),
-        validation.get("fraction") or DEFAULT_VALIDATION_FRACTION,
-        request["seed"],
-    )
+    train, held_out = _split(request)
     return AdaptSpec(
         method=Method(request["method"]),
         instruction=request["instruction"],
@@ -253,30 +268,27 @@ def make_spec(request: Mapping[str, Any], prompt_format: str) -> AdaptSpec:
         prompt_format=prompt_format,
         hyperparameters=Hyperparameters(**request["hyperparameters"]),
         seed=request["seed"],
-        drawn=given is None,
+        drawn=_set_apart(request) is None,
     )
+
+
+def _split(request: Mapping[str, Any]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """(training, validation) examples of a request."""
+    fraction = (request["validation"] or {}).get("fraction") or DEFAULT_VALIDATION_FRACTION
+    return split_examples(_examples(request["examples"]), _set_apart(request), fraction, request["seed"])
+
+
+def _set_apart(request: Mapping[str, Any]) -> list[Example] | None:
+    """The validation examples that came with a request, if any did."""
+    given = (request["validation"] or {}).get("examples")
+    return None if given is None else _examples(given)
 
 
 def _examples(rows: list[dict[str, Any]]) -> list[Example]:
     return [Example(row["input"], tuple(row["output"])) for row in rows]
 
 
-def _served(catalog: TaskCatalog, task_id: str, spec: AdaptSpec) -> Served | None:
-    """What a new version has to beat: the served version, else the mean, else the bare backbone (None)."""
-    for reference in (task_id, MEAN):
-        try:
-            resolved = catalog.resolve(reference)
-        except (NotFound, Conflict, AdapterUnavailable):
-            continue
-        resolved.release()
-        adapter = None if resolved.pinned is None else resolved.pinned.adapter
-        # The mean belongs to no task: the new task's prompt is its prompt.
-        prompt = spec if reference == MEAN else resolved
-        return Served(adapter, prompt.instruction, prompt.prompt_format)
-    return None
-
-
 def _promotes(promote: str, result: AdaptResult) -> bool:
     if promote == "if_better":
-        return result.after.better_than(result.before)
+        return result.before is not None and result.after.better_than(result.before)
     return promote == "always"

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import pytest
@@ -18,6 +18,7 @@ from server.training.adapt import (
     split_examples,
 )
 from server.training.batches import Batch
+from server.training.checkpoint import Checkpoint
 from server.training.examples import Example
 from server.training.methods import Hyperparameters, Method
 from server.training.prompts import encode_prompt
@@ -73,6 +74,14 @@ def _served(adapter: Adapter | None, instruction: str = "Say it.") -> Served:
     return Served(adapter, instruction, "definition-input-output")
 
 
+def _before(spec: AdaptSpec, backbone: Backbone, served: Served | None) -> Validation:
+    """How good what is served is on the held-out examples."""
+    once = replace(spec, method=Method.LORA, hyperparameters=Hyperparameters(steps=1))
+    before = adapt(once, backbone, None, served, Recorder()).before
+    assert before is not None
+    return before
+
+
 def _learnt(result: AdaptResult, inventory: Inventory) -> Adapter:
     if result.adapter is not None:
         return result.adapter
@@ -91,15 +100,16 @@ def test_every_method_learns_the_task(backbone: Backbone, examples: list[Example
         _served(mean_adapter(inventory)),
         recorder,
     )
+    assert result.before is not None
     assert result.after.better_than(result.before)
     assert result.metrics["loss_after"] < result.metrics["loss_before"]
     assert (result.routing is not None) == method.routing_alone
     assert (result.adapter is not None) != method.routing_alone
     # Without a refit, what is returned is what was measured: the best state, not the last one.
     served = _served(_learnt(result, inventory))
-    again = adapt(_spec(examples, method, steps=1), backbone, inventory, served, Recorder())
-    assert again.before.loss == pytest.approx(result.after.loss, rel=1e-3)
-    assert again.before.accuracy == pytest.approx(result.after.accuracy, abs=1e-3)
+    before = _before(_spec(examples, method), backbone, served)
+    assert before.loss == pytest.approx(result.after.loss, rel=1e-3)
+    assert before.accuracy == pytest.approx(result.after.accuracy, abs=1e-3)
 
 
 def test_a_routing_alone_is_small_and_says_so(
@@ -176,8 +186,7 @@ def test_the_last_half_of_the_steps_learns_from_what_was_held_out_too(
     assert result.metrics["refit"]
     assert result.metrics["kept_step"] == result.metrics["steps"] == len(seen) == 20
     # What the held-out part said of the state before, it says better of what is returned.
-    again = adapt(spec, backbone, inventory, _served(result.adapter), Recorder())
-    assert again.before.loss < result.after.loss
+    assert _before(spec, backbone, _served(result.adapter)).loss < result.after.loss
 
 
 def test_what_somebody_set_apart_is_never_learnt_from(
@@ -192,9 +201,10 @@ def test_what_somebody_set_apart_is_never_learnt_from(
 def test_a_search_that_fell_behind_is_not_refitted(
     backbone: Backbone, inventory: Inventory, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    spec = _spec(examples, steps=20)
     verdicts = iter([Validation(0.5, 1.0), Validation(1.0, 0.5), *[Validation(0.0, 2.0)] * 9])
-    monkeypatch.setattr(Trainer, "validate", lambda *args: next(verdicts))
-    result = adapt(_spec(examples, steps=20), backbone, inventory, None, Recorder())
+    monkeypatch.setattr(Trainer, "validate", lambda *args: [next(verdicts)] * len(spec.validation))
+    result = adapt(spec, backbone, inventory, None, Recorder())
     assert not result.metrics["refit"]
     assert result.metrics["kept_step"] == 0
     assert result.metrics["steps"] == 10
@@ -218,11 +228,39 @@ def test_a_refit_taken_up_again_ends_as_if_it_had_not_stopped(
 
 
 def test_what_is_served_is_measured_with_its_own_instruction(backbone: Backbone, examples: list[Example]) -> None:
-    spec = _spec(examples, "lora", steps=1)
-    same = adapt(spec, backbone, None, _served(None), Recorder()).before
-    other = adapt(spec, backbone, None, _served(None, "Say something else."), Recorder()).before
-    assert adapt(spec, backbone, None, None, Recorder()).before == same
+    spec = _spec(examples, "lora")
+    same = _before(spec, backbone, _served(None))
+    other = _before(spec, backbone, _served(None, "Say something else."))
+    assert _before(spec, backbone, None) == same
     assert other.loss != same.loss
+
+
+def test_what_is_served_is_not_compared_on_what_it_learnt_from(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    spec = _spec(examples, steps=5)
+    first, *others = spec.validation
+    served = replace(_served(mean_adapter(inventory)), learnt=frozenset({first}))
+    result = adapt(spec, backbone, inventory, served, Recorder())
+    alone = adapt(
+        replace(spec, validation=tuple(others)), backbone, inventory, replace(served, learnt=frozenset()), Recorder()
+    )
+    assert result.metrics["validation_examples"] == 3
+    assert result.metrics["compared_examples"] == alone.metrics["compared_examples"] == 2
+    assert result.before == alone.before
+    assert (result.after.accuracy, result.after.loss) == pytest.approx((alone.after.accuracy, alone.after.loss))
+
+
+def test_what_knows_all_held_out_examples_is_compared_with_nothing(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    spec, recorder = _spec(examples, steps=5), Recorder()
+    result = adapt(spec, backbone, inventory, replace(_served(None), learnt=frozenset(examples)), recorder)
+    assert result.before is None
+    assert result.metrics["accuracy_before"] is None
+    assert result.metrics["compared_examples"] == 0
+    assert [data["of"] for event, data in recorder.events if event == "validation"] == ["learner", "learner"]
+    assert result.after == adapt(spec, backbone, inventory, None, Recorder()).after
 
 
 def test_an_adaptation_taken_up_again_ends_as_if_it_had_not_stopped(
@@ -241,6 +279,24 @@ def test_an_adaptation_taken_up_again_ends_as_if_it_had_not_stopped(
     assert expected.adapter is not None
     for linear, pair in expected.adapter.weights.items():
         assert torch.equal(result.adapter.weights[linear].A, pair.A)
+
+
+def test_a_checkpoint_of_an_older_server_is_taken_up(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    """Those say the mean over the held-out examples, and not who rests."""
+    expected = adapt(_spec(examples), backbone, inventory, None, Recorder())
+    stopped = Recorder(stop_at=12)
+    with pytest.raises(Stopped):
+        adapt(_spec(examples), backbone, inventory, None, stopped)
+    assert stopped.checkpoint is not None
+    checkpoint = Checkpoint.from_bytes(stopped.checkpoint)
+    kept = Validation.mean([Validation(**of_one) for of_one in checkpoint.notes["kept"]])
+    notes = {"kept": asdict(kept), **{name: checkpoint.notes[name] for name in ("kept_step", "best_accuracy")}}
+    older = replace(checkpoint, notes=notes).to_bytes()
+    result = adapt(_spec(examples), backbone, inventory, None, Recorder(), older)
+    assert result.metrics["kept_step"] == expected.metrics["kept_step"]
+    assert result.after == expected.after
 
 
 @pytest.fixture

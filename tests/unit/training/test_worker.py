@@ -121,6 +121,35 @@ def test_what_is_not_better_is_kept_but_not_served(store: Store, backbone: Backb
     assert [version.number for version in store.list_versions("rhyme")] == [1, 2, 3]
 
 
+def test_the_same_examples_cannot_say_what_is_better(store: Store, backbone: Backbone, catalog: TaskCatalog) -> None:
+    first, again = _queue(store), _queue(store, seed=1)
+    _run(store, backbone, catalog)
+    assert store.get_job(first.id).metrics["refit"]
+    metrics = store.get_job(again.id).metrics
+    assert (metrics["compared_examples"], metrics["accuracy_before"], metrics["promoted"]) == (0, None, False)
+    assert store.get_task("letters").served_version == 1
+
+
+def test_versions_are_compared_on_what_the_served_one_has_not_seen(
+    store: Store, backbone: Backbone, catalog: TaskCatalog
+) -> None:
+    once = {"steps": 2, "adapter_lr": 1e-5, "refit": 0}
+    _queue(store, promote="always", hyperparameters=once)
+    same = _queue(store)
+    fresh = [{"input": f"letter {i}", "output": ["x"]} for i in range(4)]
+    more = _queue(store, examples=[*_request()["examples"], *fresh], validation={"fraction": 0.5}, promote="never")
+    _run(store, backbone, catalog)
+    # Without a refit the served version never saw what was held out: with the same seed, those of the second job.
+    metrics = store.get_job(same.id).metrics
+    assert (metrics["compared_examples"], metrics["promoted"]) == (metrics["validation_examples"], True)
+    # The second version learnt from all of its examples; of the third job's, the fresh ones alone are new to it.
+    request = store.get_job(more.id).request
+    held_out = make_spec(request, "definition-input-output").validation
+    new = [example for example in held_out if example.input.startswith("letter")]
+    assert 0 < len(new) < len(held_out) == 8
+    assert store.get_job(more.id).metrics["compared_examples"] == len(new)
+
+
 def test_a_job_that_cannot_be_done_fails_with_its_reason(
     store: Store, backbone: Backbone, catalog: TaskCatalog
 ) -> None:
