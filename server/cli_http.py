@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from server.cli_outcome import describe_outcome
 from server.cli_output import JsonFlag, fail, guarded, print_fields, print_json, print_table, shorten
 from server.environment import CLIENT_KEY, CLIENT_URL
 
@@ -341,3 +342,5 @@ def cancel_job(job_id: str, url: Url = DEFAULT_URL, key: Key = None) -> None:
 
 def _print_job(info: JobInfo) -> None:
     print_fields(asdict(info))
+    if info.version is not None:
+        typer.echo(f"\n{describe_outcome(info)}")
