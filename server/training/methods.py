@@ -53,8 +53,8 @@ class Method(StrEnum):
 # are trained, steps of one size change what they compute several times as much.
 _LORA_LR = 3e-3
 _TRAINED_LR = 1e-3
-# Where a step shows all examples, each is shown so often that half the rate learns it too, and keeps more of the start.
-_TRAINED_LR_OF_FEW = 5e-4
+# Where a step shows all examples, each is shown so often that half the rate learns it too, and does less to the rest.
+_SHARE_OF_FEW = 0.5
 # Routing that is all there is to learn has far to go; beside skills that learn it loses what it began with.
 _ROUTING_ALONE_LR = 0.15
 _ROUTING_LR = 0.003
@@ -73,7 +73,7 @@ class Hyperparameters(BaseModel):
         le=1,
         description=(
             "peak learning rate of skills and adapters; 0.003 for a `lora`, 0.001 for what begins trained, "
-            "or 0.0005 where a step shows all examples"
+            "and half of that where a step shows all examples"
         ),
     )
     routing_lr: float | None = Field(
@@ -99,9 +99,9 @@ class Hyperparameters(BaseModel):
 
     def resolved(self, method: Method, num_examples: int) -> Hyperparameters:
         """With the method's defaults for so many examples to learn from in the place of what was left out."""
-        trained_lr = _TRAINED_LR if num_examples > self.batch_size else _TRAINED_LR_OF_FEW
+        adapter_lr = _LORA_LR if method is Method.LORA else _TRAINED_LR
         defaults = {
-            "adapter_lr": _LORA_LR if method is Method.LORA else trained_lr,
+            "adapter_lr": adapter_lr * (1.0 if num_examples > self.batch_size else _SHARE_OF_FEW),
             "routing_lr": _ROUTING_ALONE_LR if method.routing_alone else _ROUTING_LR,
         }
         return self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})

@@ -372,14 +372,14 @@ def test_a_method_without_its_inventory_is_refused(backbone: Backbone, examples:
     ("method", "num_examples", "rate"),
     [
         (Method.LORA, 24, 0.003),
-        (Method.LORA, 6, 0.003),
+        (Method.LORA, 8, 0.0015),  # all of them in one step
         (Method.MHR, 24, 0.001),
         (Method.POLY_MU, 24, 0.001),
         (Method.MHR, 9, 0.001),
-        (Method.MHR, 8, 0.0005),  # all of them in one step
+        (Method.MHR, 8, 0.0005),
     ],
 )
-def test_what_begins_trained_learns_with_smaller_steps(method: Method, num_examples: int, rate: float) -> None:
+def test_the_rate_fits_the_method_and_the_number_of_examples(method: Method, num_examples: int, rate: float) -> None:
     assert Hyperparameters().resolved(method, num_examples).adapter_lr == rate
     assert Hyperparameters(adapter_lr=0.02).resolved(method, num_examples).adapter_lr == 0.02
 
