@@ -18,7 +18,10 @@ def describe_outcome(job: JobInfo) -> str:
             f"{made} was not promoted: what is served was learnt from every example that this job held out, so nothing "
             f"could say which is better. Give --validation examples that it has not seen. {by_hand}"
         )
-    return f"{made} was not promoted, as it is no better than what is served; {_compared(job)}. {by_hand}"
+    return (
+        f"{made} was not promoted, as it is no better than the version served so far, or mu where there was none; "
+        f"{_compared(job)}. {by_hand}"
+    )
 
 
 def _compared(job: JobInfo) -> str:

@@ -48,8 +48,8 @@ def _job(promote: str, **metrics: Any) -> JobInfo:
         ),
         (
             _job("if_better", accuracy_after=0.25),
-            "tags@2 was not promoted, as it is no better than what is served; 25% of the tokens of held-out answers "
-            "came out right, 50% before. To serve it: mhr tasks promote tags 2",
+            "tags@2 was not promoted, as it is no better than the version served so far, or mu where there was none; "
+            "25% of the tokens of held-out answers came out right, 50% before. To serve it: mhr tasks promote tags 2",
         ),
         (
             _job("if_better", accuracy_before=None),
