@@ -70,9 +70,12 @@ def load_backbone(source: str, cache_dir: Path, device: str = "cpu", dtype: torc
 
 
 def training_dtype(device: str = "cpu") -> torch.dtype:
-    """bf16 where the hardware multiplies it faster than fp32, else fp32."""
-    if device == "cpu":
-        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
+    """bf16 where the hardware multiplies it faster than fp32, else fp32.
+
+    A CPU does by instructions of its own, matrix tiles (AMX) or pairs of numbers (AVX512_BF16); without, it is slower.
+    """
+    if device == "cpu" and not (torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()):
+        return torch.float32
     return torch.bfloat16
 
 

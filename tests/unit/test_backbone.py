@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from server.backbone import load_backbone
+from server.backbone import load_backbone, training_dtype
 from server.errors import InvalidInput
 from tests.support.tiny_server import write_tiny_model
 
@@ -53,3 +53,20 @@ def test_pickled_weights_are_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(InvalidInput, match="no safetensors weights"):
         load_backbone(str(folder), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("device", "tiles", "pairs", "dtype"),
+    [
+        ("cpu", False, False, torch.float32),
+        ("cpu", True, False, torch.bfloat16),
+        ("cpu", False, True, torch.bfloat16),
+        ("cuda", False, False, torch.bfloat16),
+    ],
+)
+def test_learns_in_bf16_where_the_hardware_has_it(
+    monkeypatch: pytest.MonkeyPatch, device: str, tiles: bool, pairs: bool, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr("torch.cpu._is_amx_tile_supported", lambda: tiles)
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: pairs)
+    assert training_dtype(device) == dtype
