@@ -100,8 +100,9 @@ def adapt(
     """Learn a task; what is returned is the latest state that does as well as any on the validation part.
 
     If nothing was lost by learning on, the last steps learn from the validation part too, where that was drawn.
-    `served` is what to compare with; None is the bare backbone. Raises InvalidInput for examples over the
-    context, Stopped when told to stop.
+    `served` is what to compare with; None is the bare backbone. A `checkpoint` that is damaged or of another version
+    of the server is reported and left aside. Raises InvalidInput for examples over the context, Stopped when told to
+    stop.
     """
     began = time.perf_counter()
     served = served or Served(None, spec.instruction, spec.prompt_format)
@@ -114,8 +115,7 @@ def adapt(
         context.report("validation", {"step": 0, "of": "served", **asdict(before)})
     search = Search(trainer, train, held_out, spec.hyperparameters, context, refit=spec.drawn)
     if checkpoint is not None:
-        search.load(checkpoint)
-        context.report("from_checkpoint", {"step": trainer.step_count})
+        _take_up(checkpoint, search, trainer, context)
     search.run()
     of_each = search.restore_kept()
     after = Validation.mean([of_each[place] for place in compared] or of_each)
@@ -149,6 +149,16 @@ def make_learner(spec: AdaptSpec, backbone: Backbone, inventory: Inventory | Non
     if method in (Method.MHR_MU, Method.POLY_MU):
         return mean_learner(inventory).to(backbone.device)
     return routing_learner(inventory, generator, train_skills=not method.routing_alone).to(backbone.device)
+
+
+def _take_up(checkpoint: bytes, search: Search, trainer: Trainer, context: JobContext) -> None:
+    """Go on from a checkpoint; where that cannot be done, learn from the start, which costs minutes and no job."""
+    try:
+        search.load(checkpoint)
+    except InvalidInput as error:
+        context.report("checkpoint_unusable", {"reason": error.message})
+    else:
+        context.report("from_checkpoint", {"step": trainer.step_count})
 
 
 def _encode_split(spec: AdaptSpec, backbone: Backbone) -> tuple[list[EncodedExample], list[EncodedExample]]:

@@ -8,7 +8,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from server.errors import InvalidInput
 from server.training.batches import Batch, EncodedExample, collate
+from server.training.checkpoint import Checkpoint
 from server.training.learners import Learner
 from server.training.methods import Hyperparameters
 from server.training.rest import Rest
@@ -17,6 +19,7 @@ from server.training.trainer import Trainer
 from server.training.validation import Validation, chance
 
 _VALIDATION_BATCH = 16
+_NOTES = frozenset({"validations", "kept_step", "best_accuracy", "rests"})  # of a checkpoint, beside the trainer's
 
 
 class JobContext(Protocol):
@@ -27,7 +30,7 @@ class JobContext(Protocol):
         ...
 
     def report(self, event: str, data: dict[str, Any]) -> None:
-        """Told of every step (`step`) and every validation (`validation`)."""
+        """Told of every step (`step`), every validation (`validation`) and what became of a checkpoint."""
         ...
 
     def save(self, checkpoint: bytes) -> None:
@@ -85,15 +88,19 @@ class Search:
         """Whether what is kept has learnt from the held-out examples."""
         return self.kept_step > self._search_steps
 
-    def load(self, checkpoint: bytes) -> None:
-        """Go on from a checkpoint of the same adaptation."""
-        notes, self._kept_parameters = self._trainer.load_bytes(checkpoint)
-        self._rest.load(notes.get("rests", self._rest.state()))  # checkpoints of older servers have none
-        kept = notes["kept"]
-        if isinstance(kept, dict):  # of older servers, which noted the mean alone
-            kept = [kept] * len(self._held_out)
-        self._kept, self.kept_step = [Validation(**of_one) for of_one in kept], notes["kept_step"]
+    def load(self, data: bytes) -> None:
+        """Go on from a checkpoint of the same adaptation.
+
+        Raises InvalidInput, with nothing changed, when it is damaged or of a server with other defaults or notes.
+        """
+        checkpoint = Checkpoint.from_bytes(data)
+        if missing := _NOTES - checkpoint.notes.keys():
+            raise InvalidInput(f"the checkpoint is of another version of the server: no {', '.join(sorted(missing))}")
+        notes, self._kept_parameters = self._trainer.load(checkpoint)
+        self._kept = [Validation(**of_one) for of_one in notes["validations"]]
+        self.kept_step = notes["kept_step"]
         self._best_accuracy = notes["best_accuracy"]
+        self._rest.load(notes["rests"])
 
     def restore_kept(self) -> Sequence[Validation]:
         """Put the kept state back; returns how good it was when it was last compared, of each held-out example."""
@@ -153,7 +160,7 @@ class Search:
 
     def _state(self) -> bytes:
         notes = {
-            "kept": [asdict(of_one) for of_one in self._kept],
+            "validations": [asdict(of_one) for of_one in self._kept],
             "kept_step": self.kept_step,
             "best_accuracy": self._best_accuracy,
             "rests": self._rest.state(),

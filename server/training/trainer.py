@@ -161,15 +161,11 @@ class Trainer:
                 tensors[f"optimizer.{name}.{key}"] = value
         return Checkpoint(self.step_count, asdict(self.config), notes or {}, tensors).to_bytes()
 
-    def load_bytes(self, data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Continue from `to_bytes`; returns the caller's notes and tensors.
-
-        Raises InvalidInput when it is damaged, or was made with another configuration.
-        """
-        return self.load(Checkpoint.from_bytes(data))
-
     def load(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """As `load_bytes`, from a checkpoint already read."""
+        """Continue from what `to_bytes` made; returns the caller's notes and tensors.
+
+        Raises InvalidInput, with nothing changed, when it was made with another configuration.
+        """
         if differences := describe_differences(checkpoint.config, asdict(self.config)):
             raise InvalidInput(
                 f"the checkpoint was made with other settings ({differences}); resume with those, or begin anew"

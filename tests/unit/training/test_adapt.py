@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -281,22 +282,42 @@ def test_an_adaptation_taken_up_again_ends_as_if_it_had_not_stopped(
         assert torch.equal(result.adapter.weights[linear].A, pair.A)
 
 
-def test_a_checkpoint_of_an_older_server_is_taken_up(
-    backbone: Backbone, inventory: Inventory, examples: list[Example]
+def _of_other_settings(checkpoint: Checkpoint) -> bytes:
+    return replace(checkpoint, config={**checkpoint.config, "adapter_lr": 0.5}).to_bytes()
+
+
+def _of_other_notes(checkpoint: Checkpoint) -> bytes:
+    return replace(checkpoint, notes={"kept_step": 0}).to_bytes()
+
+
+def _damaged(checkpoint: Checkpoint) -> bytes:
+    return checkpoint.to_bytes()[:-1]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (_of_other_settings, "made with other settings (adapter_lr was 0.5 and is 0.01)"),
+        (_of_other_notes, "of another version of the server: no best_accuracy, rests, validations"),
+        (_damaged, ""),
+    ],
+)
+def test_an_adaptation_begins_anew_where_its_checkpoint_cannot_be_used(
+    backbone: Backbone,
+    inventory: Inventory,
+    examples: list[Example],
+    spoil: Callable[[Checkpoint], bytes],
+    reason: str,
 ) -> None:
-    """Those say the mean over the held-out examples, and not who rests."""
-    expected = adapt(_spec(examples), backbone, inventory, None, Recorder())
-    stopped = Recorder(stop_at=12)
+    whole, first, second = Recorder(), Recorder(stop_at=7), Recorder()
+    adapt(_spec(examples), backbone, inventory, None, whole)
     with pytest.raises(Stopped):
-        adapt(_spec(examples), backbone, inventory, None, stopped)
-    assert stopped.checkpoint is not None
-    checkpoint = Checkpoint.from_bytes(stopped.checkpoint)
-    kept = Validation.mean([Validation(**of_one) for of_one in checkpoint.notes["kept"]])
-    notes = {"kept": asdict(kept), **{name: checkpoint.notes[name] for name in ("kept_step", "best_accuracy")}}
-    older = replace(checkpoint, notes=notes).to_bytes()
-    result = adapt(_spec(examples), backbone, inventory, None, Recorder(), older)
-    assert result.metrics["kept_step"] == expected.metrics["kept_step"]
-    assert result.after == expected.after
+        adapt(_spec(examples), backbone, inventory, None, first)
+    assert first.checkpoint is not None
+    adapt(_spec(examples), backbone, inventory, None, second, spoil(Checkpoint.from_bytes(first.checkpoint)))
+    assert second.losses == whole.losses
+    [unusable] = [data for event, data in second.events if event == "checkpoint_unusable"]
+    assert reason in unusable["reason"]
 
 
 @pytest.fixture

@@ -10,6 +10,7 @@ from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.errors import InvalidInput
 from server.training.batches import Batch, EncodedExample, collate, encode_examples
+from server.training.checkpoint import Checkpoint
 from server.training.examples import Example
 from server.training.learners import FixedLearner, Learner, RoutedLearner, routing_learner
 from server.training.optimizers import OptimizerName
@@ -113,7 +114,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     saved = first.to_bytes({"best": 3}, {"kept": torch.ones(2)})
 
     second = start()
-    notes, kept = second.load_bytes(saved)
+    notes, kept = second.load(Checkpoint.from_bytes(saved))
     resumed = [second.step(batch).mean.item() for batch in _batches(backbone, examples, 3, first=5)]
     assert resumed == losses[5:]
     assert notes == {"best": 3}
@@ -209,7 +210,7 @@ def test_a_step_whose_sequences_all_rest_goes_on_as_the_last_ones_did(
 def test_a_checkpoint_of_other_settings_is_refused_with_their_names(backbone: Backbone, inventory: Inventory) -> None:
     saved = _trainer(backbone, _learner(inventory)).to_bytes()
     with pytest.raises(InvalidInput, match=r"other settings \(noise was False and is True, seed was 0 and is 1\)"):
-        _trainer(backbone, _learner(inventory), seed=1, noise=True).load_bytes(saved)
+        _trainer(backbone, _learner(inventory), seed=1, noise=True).load(Checkpoint.from_bytes(saved))
 
 
 def test_learning_rates_rise_then_fall_to_zero(
