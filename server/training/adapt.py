@@ -192,7 +192,7 @@ def _validate_served(
 
 
 def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
-    settings = spec.hyperparameters.resolved(spec.method, len(spec.examples))
+    settings = spec.hyperparameters.resolved(spec.method)
     assert settings.adapter_lr is not None
     assert settings.routing_lr is not None
     return TrainerConfig(

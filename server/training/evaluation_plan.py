@@ -22,7 +22,6 @@ from server.training.columns import (
     read_hyperparameters,
 )
 from server.training.evaluation_tasks import Draw, EvaluationTask, draw, read_evaluation_tasks
-from server.training.examples import count_held_out
 from server.training.methods import Hyperparameters, Method
 from server.training.prompts import DEFAULT_PROMPT_FORMAT
 from server.training.scores import RunSettings, Unit
@@ -128,22 +127,17 @@ class Plan:
             },
             tasks={task.name: task.digest for task in self.tasks.values()},
             columns={
-                _row_name(column, number): self._about(column, number)
+                f"{column.name}, {number} examples" if column.uses_examples else column.name: self._about(column)
                 for column in self.columns.values()
                 for number in config.num_examples
             },
         )
 
-    def _about(self, column: Column, num_examples: int) -> dict[str, Any]:
+    def _about(self, column: Column) -> dict[str, Any]:
         about: dict[str, Any] = {}
         if column.inventory is not None:
             about["inventory"] = hashlib.sha256(self.config.inventories[column.inventory]).hexdigest()
         if column.name in self.hyperparameters:
             method = Method(column.method)
-            to_learn_from = num_examples - count_held_out(num_examples, self.config.validation_fraction)
-            about["hyperparameters"] = self.hyperparameters[column.name].resolved(method, to_learn_from).used_by(method)
+            about["hyperparameters"] = self.hyperparameters[column.name].resolved(method).used_by(method)
         return about
-
-
-def _row_name(column: Column, num_examples: int) -> str:
-    return f"{column.name}, {num_examples} examples" if column.uses_examples else column.name

@@ -174,11 +174,6 @@ def hold_out(examples: Sequence[T], fraction: float, order: Sequence[int]) -> tu
     """
     if len(examples) < 2:
         raise InvalidInput("at least two examples are needed: one to learn from and one to validate on")
-    count = count_held_out(len(examples), fraction)
+    count = min(max(1, round(len(examples) * fraction)), len(examples) - 1)
     shuffled = [examples[i] for i in order]
     return shuffled[count:], shuffled[:count]
-
-
-def count_held_out(num_examples: int, fraction: float) -> int:
-    """How many of at least two examples `hold_out` takes."""
-    return min(max(1, round(num_examples * fraction)), num_examples - 1)

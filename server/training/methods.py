@@ -51,10 +51,8 @@ class Method(StrEnum):
 
 # Learning rates; docs/results.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
 # are trained, steps of one size change what they compute several times as much.
-_LORA_LR = 3e-3
-_TRAINED_LR = 1e-3
-# Where a step shows all examples, each is shown so often that half the rate learns it too, and does less to the rest.
-_SHARE_OF_FEW = 0.5
+_LORA_LR = 1.5e-3
+_TRAINED_LR = 5e-4
 # Routing that is all there is to learn has far to go; beside skills that learn it loses what it began with.
 _ROUTING_ALONE_LR = 0.15
 _ROUTING_LR = 0.003
@@ -71,10 +69,7 @@ class Hyperparameters(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description=(
-            "peak learning rate of skills and adapters; 0.003 for a `lora`, 0.001 for what begins trained, "
-            "and half of that where a step shows all examples"
-        ),
+        description="peak learning rate of skills and adapters; 0.0015 for a `lora`, 0.0005 for what begins trained",
     )
     routing_lr: float | None = Field(
         default=None,
@@ -97,11 +92,10 @@ class Hyperparameters(BaseModel):
     rank: int = Field(default=4, ge=1, le=256, description="rank of a `lora`")
     alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
 
-    def resolved(self, method: Method, num_examples: int) -> Hyperparameters:
-        """With the method's defaults for so many examples to learn from in the place of what was left out."""
-        adapter_lr = _LORA_LR if method is Method.LORA else _TRAINED_LR
+    def resolved(self, method: Method) -> Hyperparameters:
+        """With the method's defaults in the place of what was left out."""
         defaults = {
-            "adapter_lr": adapter_lr * (1.0 if num_examples > self.batch_size else _SHARE_OF_FEW),
+            "adapter_lr": _LORA_LR if method is Method.LORA else _TRAINED_LR,
             "routing_lr": _ROUTING_ALONE_LR if method.routing_alone else _ROUTING_LR,
         }
         return self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
