@@ -299,7 +299,7 @@ def _damaged(checkpoint: Checkpoint) -> bytes:
     [
         (_of_other_settings, "made with other settings (adapter_lr was 0.5 and is 0.01)"),
         (_of_other_notes, "of another version of the server: no best_accuracy, rests, validations"),
-        (_damaged, ""),
+        (_damaged, "not a file of the form"),
     ],
 )
 def test_an_adaptation_begins_anew_where_its_checkpoint_cannot_be_used(
