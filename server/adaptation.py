@@ -13,7 +13,7 @@ from server.errors import InvalidInput
 from server.tasks import TaskCatalog, check_not_reserved
 from server.training.batches import encode_examples
 from server.training.examples import Example
-from server.training.methods import Method
+from server.training.methods import Hyperparameters, Method
 
 
 class AdaptationService:
@@ -92,15 +92,10 @@ def _held_out(request: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
 
 
 def _check_hyperparameters(method: Method, given: Mapping[str, Any]) -> None:
-    """Raise InvalidInput for one that has no effect with the method."""
-    idle: set[str] = set()
-    if method is not Method.LORA:
-        idle |= {"rank", "alpha"}
-    if method in (Method.LORA, Method.MHR_MU, Method.POLY_MU):
-        idle |= {"routing_lr", "noise"}
-    if method.routing_alone:
-        idle |= {"adapter_lr", "weight_decay"}
-    for name in sorted(idle & set(given)):
+    """Raise InvalidInput for one that the method cannot learn with, or that has no effect with it."""
+    hyperparameters = Hyperparameters(**given)
+    hyperparameters.check(method)
+    for name in sorted(hyperparameters.idle_in(method) & set(given)):
         raise InvalidInput(
             f"{name} has no effect with method {method}; remove it",
             param=f"hyperparameters.{name}",

@@ -85,3 +85,15 @@ def assemble(inventory: Inventory, logits: Tensor) -> Adapter:
 def mean_adapter(inventory: Inventory) -> Adapter:
     """The mu form: the adapter of uniform weights, which is exactly the routing Z = 0."""
     return assemble(inventory, torch.zeros(inventory.routing_shape))
+
+
+def side_by_side(first: Adapter, second: Adapter) -> Adapter:
+    """The adapter of the same linears that adds to each output what both add; its rank is the sum of theirs."""
+    scaling = first.scaling
+    pairs: dict[str, LowRank] = {}
+    for linear, one in first.weights.items():
+        other = second.weights[linear]
+        B = torch.cat((one.B, other.B * (second.scaling / scaling)))
+        pairs[linear] = LowRank(torch.cat((one.A, other.A), dim=1), B)
+    rank = first.rank + second.rank
+    return Adapter(pairs, alpha=scaling * rank, rank=rank)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ from server.errors import InvalidInput
 from server.training.batches import EncodedExample, encode_examples
 from server.training.examples import Example, hold_out
 from server.training.learners import (
+    AugmentedLearner,
     FixedLearner,
     Learner,
     PlainLearner,
@@ -139,16 +140,26 @@ def adapt(
 def make_learner(spec: AdaptSpec, backbone: Backbone, inventory: Inventory | None) -> Learner:
     """The learner of a method, at its start."""
     generator = torch.Generator().manual_seed(spec.seed)
-    method = spec.method
+    method, settings = spec.method, spec.hyperparameters
+    sizes = linear_sizes(backbone.model)
     if method is Method.LORA:
-        sizes = linear_sizes(backbone.model)
-        start = fresh_adapter(sizes, spec.hyperparameters.rank, spec.hyperparameters.alpha, generator)
-        return PlainLearner(start).to(backbone.device)
+        return _fresh_lora(sizes, settings, generator).to(backbone.device)
     if inventory is None:
         raise InvalidInput(f"the method {method.value!r} needs an inventory", param="inventory")
-    if method in (Method.MHR_MU, Method.POLY_MU):
+    if method.tunes_mean:
         return mean_learner(inventory).to(backbone.device)
-    return routing_learner(inventory, generator, train_skills=not method.routing_alone).to(backbone.device)
+    train_skills = not method.routing_alone and settings.rank == 0
+    mixture = routing_learner(inventory, generator, train_skills=train_skills)
+    if method.routing_alone or train_skills:
+        return mixture.to(backbone.device)
+    covered = {linear: size for linear, size in sizes.items() if linear in inventory.A}
+    return AugmentedLearner(mixture, _fresh_lora(covered, settings, generator)).to(backbone.device)
+
+
+def _fresh_lora(
+    sizes: Mapping[str, tuple[int, int]], settings: Hyperparameters, generator: torch.Generator
+) -> PlainLearner:
+    return PlainLearner(fresh_adapter(sizes, settings.rank, settings.alpha, generator))
 
 
 def _take_up(checkpoint: bytes, search: Search, trainer: Trainer, context: JobContext) -> None:
@@ -210,7 +221,7 @@ def _trainer_config(spec: AdaptSpec) -> TrainerConfig:
 def _result(
     method: Method, learner: Learner, before: Validation | None, after: Validation, metrics: dict[str, Any]
 ) -> AdaptResult:
-    if isinstance(learner, PlainLearner):
+    if isinstance(learner, PlainLearner | AugmentedLearner):
         return AdaptResult(None, learner.adapter(), before, after, metrics)
     assert isinstance(learner, RoutedLearner)
     if method.routing_alone:

@@ -95,10 +95,12 @@ def _merged(column: Column, given: Mapping[str, Mapping[str, Any]]) -> Hyperpara
     for key in dict.fromkeys((UNNAMED, column.method, column.name)):
         values |= given.get(key, {})
     try:
-        return Hyperparameters.model_validate(values)
+        hyperparameters = Hyperparameters.model_validate(values)
     except ValidationError as error:
         first = error.errors()[0]
         field = ".".join(map(str, first["loc"]))
         raise InvalidInput(
             f"hyperparameters of {column.name}: {field}: {first['msg']}", param="hyperparameters"
         ) from None
+    hyperparameters.check(Method(column.method))
+    return hyperparameters

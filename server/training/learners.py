@@ -1,4 +1,4 @@
-"""What a method learns: skills and routing, routing alone, or one plain adapter. All give a batch's adapters."""
+"""What a method learns: routing with skills, alone or with an adapter beside; or one adapter. All give a batch's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from server.adapters.assembly import Adapter, LowRank, mean_adapter, mix
+from server.adapters.assembly import Adapter, LowRank, mean_adapter, mix, side_by_side
 from server.adapters.inventory import Inventory, ShapeGroup
 from server.adapters.routing import fresh_routing, routing_weights, sample_routing_weights
 
@@ -109,6 +109,30 @@ class PlainLearner(Learner):
         return Adapter({n: pairs[n] for n in self._linears}, alpha=self._alpha, rank=self._rank)
 
 
+class AugmentedLearner(Learner):
+    """A mixture of fixed skills, whose routing moves, and a plain adapter beside it for what no mixture can do."""
+
+    def __init__(self, mixture: RoutedLearner, beside: PlainLearner) -> None:
+        super().__init__()
+        self.mixture = mixture
+        self.beside = beside
+
+    def adapters(self, tasks: Tensor, dtype: torch.dtype, noise: torch.Generator | None = None) -> StackedAdapters:
+        mixed = self.mixture.adapters(tasks, dtype, noise)
+        plain = self.beside.adapters(tasks, dtype)
+        return {linear: _stack_ranks(mixed[linear], plain[linear]) for linear in mixed}
+
+    def adapter_parameters(self) -> list[nn.Parameter]:
+        return self.beside.adapter_parameters()
+
+    def routing_parameters(self) -> list[nn.Parameter]:
+        return self.mixture.routing_parameters()
+
+    def adapter(self) -> Adapter:
+        """Both as one adapter, as they stand, fp32."""
+        return side_by_side(self.mixture.adapter(0), self.beside.adapter())
+
+
 class FixedLearner(Learner):
     """Learns nothing: a given adapter, or the bare backbone, to be compared with."""
 
@@ -171,6 +195,15 @@ def _unstack(linears: Sequence[str], A: Tensor, B: Tensor, dtype: torch.dtype) -
     """A (N, G, d_in, r), B (N, G, r, d_out) by linear."""
     pairs = zip(A.to(dtype).unbind(1), B.to(dtype).unbind(1), strict=True)
     return dict(zip(linears, pairs, strict=True))
+
+
+def _stack_ranks(mixed: tuple[Tensor, Tensor], plain: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """One pair of the sum of both ranks, of A (N, d_in, r), B (N, r, d_out) and of a pair that all N share."""
+    (A, B), (shared_A, shared_B) = mixed, plain
+    return (
+        torch.cat((A, shared_A.expand(A.shape[0], -1, -1)), dim=2),
+        torch.cat((B, shared_B.expand(B.shape[0], -1, -1)), dim=1),
+    )
 
 
 def _by_linear(groups: Sequence[ShapeGroup], stacked: nn.ParameterList) -> dict[str, Tensor]:

@@ -33,6 +33,10 @@ class Method(StrEnum):
     def learns_routing(self) -> bool:
         return self.routing_alone or self in (Method.MHR, Method.POLY)
 
+    @property
+    def tunes_mean(self) -> bool:
+        return self in (Method.MHR_MU, Method.POLY_MU)
+
     def check_heads(self, inventory: str, num_heads: int) -> None:
         """Raise InvalidInput when the method is for another number of heads than the inventory's."""
         if self.value.startswith("poly") and num_heads > 1:
@@ -51,9 +55,9 @@ class Method(StrEnum):
 
 # Learning rates; docs/results.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
 # are trained, steps of one size change what they compute several times as much.
-_LORA_LR = 1.5e-3
+_FRESH_LR = 1.5e-3
 _TRAINED_LR = 5e-4
-# Routing that is all there is to learn has far to go; beside skills that learn it loses what it began with.
+# Routing that is all there is to learn has far to go; beside others that learn it loses what it began with.
 _ROUTING_ALONE_LR = 0.15
 _ROUTING_LR = 0.003
 
@@ -69,13 +73,13 @@ class Hyperparameters(BaseModel):
         default=None,
         gt=0,
         le=1,
-        description="peak learning rate of skills and adapters; 0.0015 for a `lora`, 0.0005 for what begins trained",
+        description="peak learning rate of adapters; 0.0015 for a fresh LoRA, 0.0005 for what begins trained",
     )
     routing_lr: float | None = Field(
         default=None,
         gt=0,
         le=10,
-        description="peak learning rate of routing logits; 0.15 where nothing else is learnt, 0.003 beside skills",
+        description="peak learning rate of routing logits; 0.15 where nothing else is learnt, else 0.003",
     )
     warmup: float = Field(default=0.06, ge=0, le=1, description="fraction of the steps that the learning rate rises")
     weight_decay: float = Field(default=0.0, ge=0, le=1)
@@ -89,24 +93,40 @@ class Hyperparameters(BaseModel):
     rest: int = Field(
         default=10, ge=0, description="steps that an example known by heart sits out, at most those of three epochs"
     )
-    rank: int = Field(default=4, ge=1, le=256, description="rank of a `lora`")
-    alpha: float = Field(default=16.0, gt=0, description="alpha of a `lora`; its scale is alpha / rank")
+    rank: int = Field(
+        default=4,
+        ge=0,
+        le=256,
+        description="rank of the LoRA that `lora` learns, and `mhr` and `poly` beside the skills, which learn at 0",
+    )
+    alpha: float = Field(default=16.0, gt=0, description="alpha of that LoRA; its scale is alpha / rank")
+
+    def check(self, method: Method) -> None:
+        """Raise InvalidInput when the method cannot learn with them."""
+        if method is Method.LORA and self.rank == 0:
+            raise InvalidInput("a 'lora' needs a rank of at least 1", param="hyperparameters.rank")
 
     def resolved(self, method: Method) -> Hyperparameters:
         """With the method's defaults in the place of what was left out."""
         defaults = {
-            "adapter_lr": _LORA_LR if method is Method.LORA else _TRAINED_LR,
+            "adapter_lr": _TRAINED_LR if method.tunes_mean or self.rank == 0 else _FRESH_LR,
             "routing_lr": _ROUTING_ALONE_LR if method.routing_alone else _ROUTING_LR,
         }
         return self.model_copy(update={k: v for k, v in defaults.items() if getattr(self, k) is None})
 
+    def idle_in(self, method: Method) -> frozenset[str]:
+        """The names of those that make no difference to the method."""
+        idle: set[str] = set()
+        if method.tunes_mean or method.routing_alone:
+            idle |= {"rank", "alpha"}
+        if self.rank == 0:
+            idle |= {"alpha"}
+        if method.routing_alone:
+            idle |= {"adapter_lr", "weight_decay"}
+        if not method.learns_routing:
+            idle |= {"routing_lr", "noise"}
+        return frozenset(idle)
+
     def used_by(self, method: Method) -> dict[str, Any]:
         """Those that make a difference to the method, as JSON."""
-        unused: set[str] = set()
-        if method is not Method.LORA:
-            unused |= {"rank", "alpha"}
-        if method.routing_alone:
-            unused |= {"adapter_lr", "weight_decay"}
-        if not method.learns_routing:
-            unused |= {"routing_lr", "noise"}
-        return self.model_dump(mode="json", exclude=unused)
+        return self.model_dump(mode="json", exclude=set(self.idle_in(method)))

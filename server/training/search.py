@@ -30,7 +30,7 @@ class JobContext(Protocol):
         ...
 
     def report(self, event: str, data: dict[str, Any]) -> None:
-        """Told of every step (`step`), every validation (`validation`) and what became of a checkpoint."""
+        """Told of every `step` and `validation`, of the `refit`, and of what became of a checkpoint."""
         ...
 
     def save(self, checkpoint: bytes) -> None:
@@ -46,8 +46,9 @@ class Search:
     """Training with early stopping: the latest state that is as good as any, kept with the trainer's in checkpoints.
 
     With the few examples that a job holds out, a small difference between two states is chance, and the one that
-    learnt longer is the better bet. So a state is kept unless its accuracy falls behind the best one's by more. Where
-    the latest is kept, the steps that are left learn from all examples: of a few, those held out are many to miss.
+    learnt longer is the better bet. So a state is kept unless its accuracy falls behind the best one's by more. From
+    the kept state the last steps learn from all examples: of a few, those held out are many to miss. Where no state
+    that has learnt is kept, none is wanted.
     """
 
     def __init__(
@@ -79,14 +80,23 @@ class Search:
     def run(self) -> None:
         if not self._kept:
             self._validate()
-        self._find()
-        if self.kept_step >= self._search_steps:
+        if not self._refitting:
+            self._find()
+        if self._refits and self.kept_step > 0:
             self._refit()
 
     @property
     def refitted(self) -> bool:
         """Whether what is kept has learnt from the held-out examples."""
         return self.kept_step > self._search_steps
+
+    @property
+    def _refits(self) -> bool:
+        return self._search_steps < self._settings.steps
+
+    @property
+    def _refitting(self) -> bool:
+        return self._trainer.step_count > self._search_steps
 
     def load(self, data: bytes) -> None:
         """Go on from a checkpoint of the same adaptation.
@@ -117,7 +127,11 @@ class Search:
                 self._context.save(self._state())
 
     def _refit(self) -> None:
-        """Step on all examples with the steps that are left; there is nothing to compare their states by."""
+        """Step on from the kept state on all examples; there is nothing to compare what comes of it by."""
+        if not self._refitting:
+            self._context.report("refit", {"from_step": self.kept_step})
+            self._trainer.load_parameters(self._kept_parameters)
+            self._trainer.step_count = self._search_steps  # with the rates that the last steps have
         for step in self._steps(self._refit_sampler, self._settings.steps):
             if self._is_due(step) and step < self._settings.steps:
                 self._context.save(self._state())

@@ -104,7 +104,22 @@ TABLE: list[tuple[str, str, Any, int, str, str | None]] = [
     ("POST", "/adapt", adaptation(hyperparameters={"epochs": 2}), 422, "invalid_request", "hyperparameters.epochs"),
     ("POST", "/adapt", adaptation(hyperparameters={"steps": 0}), 422, "invalid_request", "hyperparameters.steps"),
     ("POST", "/adapt", adaptation(hyperparameters={"steps": "9"}), 422, "invalid_request", "hyperparameters.steps"),
-    ("POST", "/adapt", adaptation(hyperparameters={"rank": 2}), 422, "invalid_request", "hyperparameters.rank"),
+    (
+        "POST",
+        "/adapt",
+        adaptation(method="mhr-z", hyperparameters={"rank": 2}),
+        422,
+        "invalid_request",
+        "hyperparameters.rank",
+    ),
+    (
+        "POST",
+        "/adapt",
+        adaptation(method="lora", hyperparameters={"rank": 0}),
+        422,
+        "invalid_request",
+        "hyperparameters.rank",
+    ),
     ("POST", "/adapt", adaptation(validation={}), 422, "invalid_request", "validation"),
     ("POST", "/adapt", adaptation(validation={"fraction": 1.5}), 422, "invalid_request", "validation.fraction"),
     (

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ from server.training.adapt import (
 from server.training.batches import Batch
 from server.training.checkpoint import Checkpoint
 from server.training.examples import Example
+from server.training.learners import Learner
 from server.training.methods import Hyperparameters, Method
 from server.training.prompts import encode_prompt
 from server.training.search import Stopped
@@ -122,6 +124,38 @@ def test_a_routing_alone_is_small_and_says_so(
     assert result.metrics["trained_parameters"] == result.routing.numel()
 
 
+@pytest.mark.parametrize(("rank", "trained"), [(4, "a LoRA beside the skills"), (0, "the skills")])
+def test_mhr_learns_a_lora_beside_the_skills_or_the_skills_themselves(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], rank: int, trained: str
+) -> None:
+    result = adapt(_spec(examples, steps=2, rank=rank), backbone, inventory, None, Recorder())
+    assert result.adapter is not None
+    of_rank = (
+        sum(pair.A.numel() + pair.B.numel() for pair in mean_adapter(inventory).weights.values()) // inventory.rank
+    )
+    ranks = {"a LoRA beside the skills": 4, "the skills": inventory.num_skills * inventory.rank}[trained]
+    routing = math.prod(inventory.routing_shape)
+    assert result.metrics["trained_parameters"] == routing + ranks * of_rank
+    assert result.adapter.rank == inventory.rank + rank
+
+
+def test_a_lora_is_learnt_beside_those_linears_that_the_inventory_has(
+    backbone: Backbone, inventory: Inventory, examples: list[Example]
+) -> None:
+    some = [linear for linear in inventory.linears if linear.endswith("q_proj")]
+    smaller = Inventory(
+        {linear: inventory.A[linear] for linear in some},
+        {linear: inventory.B[linear] for linear in some},
+        inventory.alpha,
+        backbone.fingerprint,
+        backbone.name,
+        "definition-input-output",
+    )
+    result = adapt(_spec(examples, steps=2), backbone, smaller, None, Recorder())
+    assert result.adapter is not None
+    assert list(result.adapter.weights) == some
+
+
 def test_early_stopping_ends_sooner_and_keeps_a_state_from_before_the_fall(
     backbone: Backbone, examples: list[Example]
 ) -> None:
@@ -199,7 +233,7 @@ def test_what_somebody_set_apart_is_never_learnt_from(
     assert not result.metrics["refit"]
 
 
-def test_a_search_that_fell_behind_is_not_refitted(
+def test_where_no_state_that_has_learnt_is_kept_none_is_refitted(
     backbone: Backbone, inventory: Inventory, examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = _spec(examples, steps=20)
@@ -211,11 +245,69 @@ def test_a_search_that_fell_behind_is_not_refitted(
     assert result.metrics["steps"] == 10
 
 
+def _fall_behind_after(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make states until the step good on what is held out, and later ones not."""
+
+    def validate(self: Trainer, batches: Sequence[Batch], learner: Learner | None = None) -> list[Validation]:
+        verdict = Validation(1.0, 0.5) if self.step_count <= step else Validation(0.0, 2.0)
+        return [verdict for batch in batches for _ in batch.examples]
+
+    monkeypatch.setattr(Trainer, "validate", validate)
+
+
+def _changed(spec: AdaptSpec, **settings: Any) -> AdaptSpec:
+    return replace(spec, hyperparameters=spec.hyperparameters.model_copy(update=settings))
+
+
+@pytest.mark.parametrize("steps", [20, 40])
+def test_a_refit_goes_on_from_the_state_before_the_fall(
+    backbone: Backbone,
+    inventory: Inventory,
+    examples: list[Example],
+    seen: list[set[tuple[int, ...]]],
+    monkeypatch: pytest.MonkeyPatch,
+    steps: int,
+) -> None:
+    spec = _spec(examples, steps=steps, evaluate_every=2, patience=3)
+    _fall_behind_after(2, monkeypatch)
+    starts: list[dict[str, torch.Tensor]] = []
+    load = Trainer.load_parameters
+
+    def note(self: Trainer, values: dict[str, torch.Tensor]) -> None:
+        starts.append(values)
+        load(self, values)
+
+    monkeypatch.setattr(Trainer, "load_parameters", note)
+    recorder = Recorder()
+    result = adapt(spec, backbone, inventory, None, recorder)
+    searched = 8  # after three validations below the best, sooner than half of the steps
+    assert ("refit", {"from_step": 2}) in recorder.events
+    assert not _prompts(spec.validation, backbone) & set.union(*seen[:searched])
+    assert _prompts(spec.validation, backbone) <= set.union(*seen[searched:])
+    assert len(seen) == searched + steps // 2
+    assert result.metrics["refit"]
+    assert result.metrics["kept_step"] == result.metrics["steps"] == steps
+    assert result.after == Validation(1.0, 0.5)
+    # The state of step 2, from which a job that searches less goes on too.
+    adapt(_changed(spec, patience=1), backbone, inventory, None, Recorder())
+    assert starts[0].keys() == starts[2].keys()
+    for name, tensor in starts[0].items():
+        assert torch.equal(tensor, starts[2][name])
+
+
+@pytest.mark.parametrize("fell_behind", [False, True])
 @pytest.mark.parametrize("stop_at", [12, 15])
 def test_a_refit_taken_up_again_ends_as_if_it_had_not_stopped(
-    backbone: Backbone, inventory: Inventory, examples: list[Example], stop_at: int
+    backbone: Backbone,
+    inventory: Inventory,
+    examples: list[Example],
+    monkeypatch: pytest.MonkeyPatch,
+    stop_at: int,
+    fell_behind: bool,
 ) -> None:
     spec = _spec(examples, steps=20)
+    if fell_behind:
+        _fall_behind_after(5, monkeypatch)
     whole, first, second = Recorder(), Recorder(stop_at), Recorder()
     expected = adapt(spec, backbone, inventory, None, whole)
     with pytest.raises(Stopped):
@@ -390,38 +482,44 @@ def test_a_method_without_its_inventory_is_refused(backbone: Backbone, examples:
 
 
 @pytest.mark.parametrize(
-    ("method", "rate"), [(Method.LORA, 0.0015), (Method.MHR, 0.0005), (Method.MHR_MU, 0.0005), (Method.POLY, 0.0005)]
+    ("method", "rate"), [(Method.LORA, 0.0015), (Method.MHR, 0.0015), (Method.MHR_MU, 0.0005), (Method.POLY, 0.0015)]
 )
 def test_what_begins_trained_learns_with_smaller_steps(method: Method, rate: float) -> None:
     assert Hyperparameters().resolved(method).adapter_lr == rate
+    assert Hyperparameters(rank=0).resolved(Method.MHR).adapter_lr == 0.0005
     assert Hyperparameters(adapter_lr=0.02).resolved(method).adapter_lr == 0.02
 
 
 @pytest.mark.parametrize(("method", "rate"), [(Method.MHR, 0.003), (Method.POLY, 0.003), (Method.MHR_Z, 0.15)])
-def test_routing_learns_with_smaller_steps_beside_skills(method: Method, rate: float) -> None:
+def test_routing_learns_with_smaller_steps_beside_others(method: Method, rate: float) -> None:
     assert Hyperparameters().resolved(method).routing_lr == rate
     assert Hyperparameters(routing_lr=0.2).resolved(method).routing_lr == 0.2
 
 
-@pytest.mark.parametrize("method", ["mhr", "mhr-z", "mhr-mu", "lora"])
+def test_a_lora_of_no_rank_is_refused() -> None:
+    Hyperparameters(rank=0).check(Method.MHR)
+    with pytest.raises(InvalidInput, match="'lora' needs a rank of at least 1"):
+        Hyperparameters(rank=0).check(Method.LORA)
+
+
+@pytest.mark.parametrize(("method", "rank"), [("mhr", 0), ("mhr-z", 4), ("mhr-mu", 4), ("lora", 4)])
 def test_hyperparameters_that_a_method_does_not_use_change_nothing(
-    backbone: Backbone, inventory: Inventory, examples: list[Example], method: str
+    backbone: Backbone, inventory: Inventory, examples: list[Example], method: str, rank: int
 ) -> None:
     others = {"adapter_lr": 0.5, "routing_lr": 5.0, "weight_decay": 0.9, "noise": True, "rank": 7, "alpha": 3.0}
-    used = Hyperparameters().used_by(Method(method))
-    changes = {name: value for name, value in others.items() if name not in used}
-    assert changes
+    idle = Hyperparameters(rank=rank).idle_in(Method(method))
+    assert idle
+    assert not idle & Hyperparameters(rank=rank).used_by(Method(method)).keys()
+    given = {"adapter_lr": None, "steps": 3, "rank": rank}
     recorders = [Recorder(), Recorder()]
-    for settings, recorder in zip(({}, changes), recorders, strict=True):
-        adapt(
-            _spec(examples, method, **{"adapter_lr": None, "steps": 3} | settings), backbone, inventory, None, recorder
-        )
+    for settings, recorder in zip((given, given | {name: others[name] for name in idle}), recorders, strict=True):
+        adapt(_spec(examples, method, **settings), backbone, inventory, None, recorder)
     assert recorders[0].losses == recorders[1].losses
 
 
 @pytest.mark.parametrize(
     ("method", "name", "own", "another"),
-    [("mhr", "adapter_lr", 5e-4, 3e-3), ("mhr", "routing_lr", 0.003, 0.3), ("mhr-z", "routing_lr", 0.15, 0.03)],
+    [("mhr", "adapter_lr", 1.5e-3, 3e-3), ("mhr", "routing_lr", 0.003, 0.3), ("mhr-z", "routing_lr", 0.15, 0.03)],
 )
 def test_an_adaptation_that_asks_for_no_learning_rate_takes_its_methods(
     backbone: Backbone,

@@ -128,7 +128,7 @@ def test_other_settings_are_refused_and_more_seeds_are_not(config: EvaluateConfi
 
 
 def test_only_hyperparameters_that_a_method_uses_are_compared(config: EvaluateConfig, tmp_path: Path) -> None:
-    config = replace(config, methods=("mhr",), hyperparameters={"": {**FAST, "rank": 2}})
+    config = replace(config, methods=("mhr-z",), hyperparameters={"": {**FAST, "rank": 2}})
     scores = evaluate(config, tmp_path / "run")
     assert evaluate(replace(config, hyperparameters={"": {**FAST, "rank": 3}}), tmp_path / "run") == scores
     with pytest.raises(InvalidInput, match="routing_lr"):

@@ -2,12 +2,14 @@ from __future__ import annotations
 
 import torch
 
-from server.adapters.assembly import Adapter, assemble, mean_adapter
+from server.adapters.assembly import Adapter, assemble, mean_adapter, side_by_side
 from server.adapters.inventory import Inventory
 from server.backbone import Backbone
 from server.training.learners import (
+    AugmentedLearner,
     FixedLearner,
     Learner,
+    PlainLearner,
     RoutedLearner,
     fresh_adapter,
     fresh_skills,
@@ -59,6 +61,28 @@ def test_what_is_trained_is_what_the_method_says(inventory: Inventory) -> None:
     skills = sum(t.numel() for t in [*inventory.A.values(), *inventory.B.values()])
     assert sum(p.numel() for p in everything.adapter_parameters()) == skills
     assert mean_learner(inventory).routing_parameters() == []
+
+
+def test_an_adapter_beside_the_skills_adds_to_what_a_mixture_does(inventory: Inventory) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mixture = routing_learner(inventory, generator, train_skills=False)
+    sizes = {linear: (pair.A.shape[0], pair.B.shape[1]) for linear, pair in mean_adapter(inventory).weights.items()}
+    beside = PlainLearner(fresh_adapter(sizes, rank=3, alpha=5.0, generator=generator))
+    learner = AugmentedLearner(mixture, beside)
+    start = learner.adapter()
+    for linear, pair in mixture.adapter(0).weights.items():  # B = 0 beside it
+        torch.testing.assert_close(start.weights[linear].A @ start.weights[linear].B, pair.A @ pair.B)
+    with torch.no_grad():
+        for B in beside.B:
+            B.normal_(generator=generator)
+    _check_same(learner, 0, side_by_side(mixture.adapter(0), beside.adapter()))
+    _check_same(learner, 0, learner.adapter())
+    A, B = learner.adapters(torch.tensor([0, 0]), torch.float32)[inventory.linears[0]]
+    assert A.shape[0] == B.shape[0] == 2
+    assert A.shape[2] == B.shape[1] == inventory.rank + 3
+    assert learner.adapter_parameters() == [*beside.A, *beside.B]
+    assert learner.routing_parameters() == [mixture.routing]
+    assert {p for p in learner.parameters() if p.requires_grad} == {mixture.routing, *beside.A, *beside.B}
 
 
 def test_the_mu_learner_starts_at_the_mean(inventory: Inventory) -> None:

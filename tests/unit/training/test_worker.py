@@ -91,7 +91,7 @@ def test_a_job_makes_a_served_version_of_a_new_task(store: Store, backbone: Back
     assert (task.instruction, task.metadata, task.served_version) == ("Say it.", {"owner": "a test"}, 1)
     assert (version.kind, version.inventory, version.method, version.job_id) == ("adapter", "tiny", "mhr", job.id)
     assert version.blob_digest is not None
-    assert adapter_from_bytes(store.blobs.get(version.blob_digest)).rank == 2
+    assert adapter_from_bytes(store.blobs.get(version.blob_digest)).rank == 2 + 4  # the inventory's, and the LoRA's
     assert store.load_checkpoint(job.id) is None
     kinds = [event.type for event in store.list_events(job.id)]
     assert kinds.count("step") == 10
