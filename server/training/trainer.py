@@ -164,13 +164,16 @@ class Trainer:
     def load(self, checkpoint: Checkpoint) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """Continue from what `to_bytes` made; returns the caller's notes and tensors.
 
-        Raises InvalidInput, with nothing changed, when it was made with another configuration.
+        Raises InvalidInput, with nothing changed, when it was made with another configuration or of other parameters.
         """
         if differences := describe_differences(checkpoint.config, asdict(self.config)):
             raise InvalidInput(
                 f"the checkpoint was made with other settings ({differences}); resume with those, or begin anew"
             )
-        self.load_parameters(_below("parameter.", checkpoint.tensors))
+        parameters = _below("parameter.", checkpoint.tensors)
+        if differences := describe_differences(_shapes(parameters), _shapes(self._trainable())):
+            raise InvalidInput(f"the checkpoint is of other parameters ({differences}); begin anew")
+        self.load_parameters(parameters)
         for name, parameter in self._trainable().items():
             load_state(self._optimizer, parameter, _below(f"optimizer.{name}.", checkpoint.tensors))
         self.step_count = checkpoint.step
@@ -183,6 +186,10 @@ class Trainer:
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors whose names begin with the prefix, without it."""
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _add_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor | None]) -> None:

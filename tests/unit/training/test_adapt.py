@@ -382,6 +382,17 @@ def _of_other_notes(checkpoint: Checkpoint) -> bytes:
     return replace(checkpoint, notes={"kept_step": 0}).to_bytes()
 
 
+def _of_another_inventory(checkpoint: Checkpoint) -> bytes:
+    routing = "parameter.mixture.routing"
+    smaller = {**checkpoint.tensors, routing: checkpoint.tensors[routing][..., :2]}
+    return replace(checkpoint, tensors=smaller).to_bytes()
+
+
+def _of_another_learner(checkpoint: Checkpoint) -> bytes:
+    others = {name.replace("beside.A.0", "A.0"): tensor for name, tensor in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=others).to_bytes()
+
+
 def _damaged(checkpoint: Checkpoint) -> bytes:
     return checkpoint.to_bytes()[:-1]
 
@@ -391,6 +402,8 @@ def _damaged(checkpoint: Checkpoint) -> bytes:
     [
         (_of_other_settings, "made with other settings (adapter_lr was 0.5 and is 0.01)"),
         (_of_other_notes, "of another version of the server: no best_accuracy, rests, validations"),
+        (_of_another_inventory, "of other parameters (mixture.routing was (1, 14, 4, 2) and is (1, 14, 4, 3))"),
+        (_of_another_learner, "of other parameters (A.0 was"),
         (_damaged, "not a file of the form"),
     ],
 )
