@@ -97,7 +97,8 @@ class Hyperparameters(BaseModel):
         default=4,
         ge=0,
         le=256,
-        description="rank of the LoRA that `lora` learns, and `mhr` and `poly` beside the skills, which learn at 0",
+        description="rank of the LoRA that `lora` learns, and `mhr` and `poly` beside the skills; "
+        "0 for none there, and the skills learn",
     )
     alpha: float = Field(default=16.0, gt=0, description="alpha of that LoRA; its scale is alpha / rank")
 

@@ -82,17 +82,13 @@ class Search:
             self._validate()
         if not self._refitting:
             self._find()
-        if self._refits and self.kept_step > 0:
+        if self._is_refit_due():
             self._refit()
 
     @property
     def refitted(self) -> bool:
         """Whether what is kept has learnt from the held-out examples."""
         return self.kept_step > self._search_steps
-
-    @property
-    def _refits(self) -> bool:
-        return self._search_steps < self._settings.steps
 
     @property
     def _refitting(self) -> bool:
@@ -158,6 +154,11 @@ class Search:
         loss = self._trainer.step(*batches, at_rest=at_rest)
         self._rest.note(examples, loss.of_sequences.tolist(), step)
         return {"loss": round(loss.mean.item(), 5), "at_rest": at_rest}
+
+    def _is_refit_due(self) -> bool:
+        """Whether steps are left for all examples, and the search, if there was one, has kept a state that learnt."""
+        has_something_to_go_on_from = self.kept_step > 0 or self._search_steps == 0
+        return self._search_steps < self._settings.steps and has_something_to_go_on_from
 
     def _is_due(self, step: int) -> bool:
         return step % self._settings.evaluate_every == 0

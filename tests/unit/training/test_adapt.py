@@ -224,6 +224,16 @@ def test_the_last_half_of_the_steps_learns_from_what_was_held_out_too(
     assert _before(spec, backbone, _served(result.adapter)).loss < result.after.loss
 
 
+def test_a_refit_of_all_steps_searches_nothing(
+    backbone: Backbone, inventory: Inventory, examples: list[Example], seen: list[set[tuple[int, ...]]]
+) -> None:
+    spec = _spec(examples, steps=10, refit=1)
+    result = adapt(spec, backbone, inventory, None, Recorder())
+    assert _prompts((*spec.examples, *spec.validation), backbone) == set.union(*seen)
+    assert result.metrics["refit"]
+    assert result.metrics["kept_step"] == result.metrics["steps"] == len(seen) == 10
+
+
 def test_what_somebody_set_apart_is_never_learnt_from(
     backbone: Backbone, inventory: Inventory, examples: list[Example], seen: list[set[tuple[int, ...]]]
 ) -> None:
