@@ -14,6 +14,7 @@ from server.adapters.documents import read_document, write_document
 from server.errors import InvalidInput
 
 _FORMAT = "mhr-checkpoint-2"
+_MOST_DESCRIBED = 6  # of another inventory every parameter differs, and nobody reads them all
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,11 @@ class Checkpoint:
 
 
 def describe_differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """The names whose values differ, with both values; empty when none does."""
-    return ", ".join(
-        f"{name} was {_shown(before.get(name))} and is {_shown(now.get(name))}"
-        for name in dict.fromkeys([*before, *now])
-        if before.get(name) != now.get(name)
-    )
+    """The first few names whose values differ, with both values, and how many more; empty when none does."""
+    different = [name for name in dict.fromkeys([*before, *now]) if before.get(name) != now.get(name)]
+    shown = [f"{n} was {_shown(before.get(n))} and is {_shown(now.get(n))}" for n in different[:_MOST_DESCRIBED]]
+    more = len(different) - len(shown)
+    return ", ".join([*shown, f"and {more} more"] if more else shown)
 
 
 def _shown(value: Any) -> str:

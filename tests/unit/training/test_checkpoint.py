@@ -33,3 +33,10 @@ def test_differences_are_named_with_both_values() -> None:
     assert describe_differences(before, before) == ""
     now = {"rank": 8, "seed": 0, "temperature": 2.0}
     assert describe_differences(before, now) == "rank was 4 and is 8, temperature was not set and is 2.0"
+
+
+def test_of_many_differences_the_first_few_are_named() -> None:
+    before, now = ({f"A.{i}": (8, size) for i in range(9)} for size in (2, 3))
+    described = describe_differences(before, now).split(", A.")
+    assert described[0] == "A.0 was (8, 2) and is (8, 3)"
+    assert described[5] == "5 was (8, 2) and is (8, 3), and 3 more"
