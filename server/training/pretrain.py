@@ -236,6 +236,8 @@ def make_learner(config: PretrainConfig, backbone: Backbone, num_tasks: int) -> 
     generator = torch.Generator().manual_seed(config.trainer.seed)
     num_skills = layout.skills_for(num_tasks)
     A, B = fresh_skills(sizes, layout.num_heads, num_skills, config.rank, generator)
+    if layout.method is PretrainMethod.PRIVATE:
+        A = {linear: _alike(skills) for linear, skills in A.items()}
     start = Inventory(A, B, config.alpha, backbone.fingerprint, backbone.name, config.prompt_format)
     if layout.method is PretrainMethod.PRIVATE:
         routing = torch.stack([one_hot_routing(*start.routing_shape, task) for task in range(num_tasks)])
@@ -245,3 +247,11 @@ def make_learner(config: PretrainConfig, backbone: Backbone, num_tasks: int) -> 
         routing = torch.stack([fresh_routing(*start.routing_shape, generator) for _ in range(num_tasks)])
     learner = RoutedLearner(start, routing, train_skills=True, train_routing=layout.learns_routing)
     return learner.to(backbone.device)
+
+
+def _alike(skills: Tensor) -> Tensor:
+    """skills (h, K, ., .), each as the first: those that begin apart would cancel in their mean.
+
+    Source: Wortsman et al. 2022 (arXiv 2203.05482), who average the weights of models that began alike.
+    """
+    return skills[:, :1].expand_as(skills).contiguous()

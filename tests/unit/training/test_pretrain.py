@@ -136,6 +136,16 @@ def test_a_private_skill_learns_from_its_own_task_alone(backbone: Backbone, data
         assert B.grad[:, :, 1].any()
 
 
+@pytest.mark.parametrize("method", [PretrainMethod.PRIVATE, PretrainMethod.POLY])
+def test_private_skills_begin_alike_and_others_apart(
+    backbone: Backbone, data: Path, tmp_path: Path, method: PretrainMethod
+) -> None:
+    learner = make_learner(_config(data, tmp_path / "out", layout=choose_layout(method)), backbone, 2)
+    for A in learner.A:
+        assert torch.equal(A[:, :, 0], A[:, :, 1]) == (method is PretrainMethod.PRIVATE)
+        assert A[:, :, 0].any()
+
+
 def test_accumulated_batches_make_the_same_inventory(backbone: Backbone, data: Path, tmp_path: Path) -> None:
     layout = choose_layout(None, 2, 2, 1.0)  # skills moved apart would be rounding moved apart
     whole = pretrain(_config(data, tmp_path / "whole", layout=layout, batch_size=8), backbone)
