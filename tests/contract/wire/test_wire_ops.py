@@ -56,7 +56,7 @@ def test_while_warming_it_lives_and_is_not_ready(
 def test_while_draining_new_work_is_refused_and_work_in_flight_finishes(
     make_server: MakeServer, connect: Connect
 ) -> None:
-    live = make_server(tasks=True)
+    live = make_server(tasks=True, max_batch=4)  # few at a time: in flight for a while
     client = connect(live)
     slow = {"task_id": "base", "inputs": "x", "parameters": {"max_new_tokens": 200, "ignore_eos": True, "n": 32}}
     answers: list[httpx.Response] = []
