@@ -53,7 +53,7 @@ class Method(StrEnum):
             )
 
 
-# Learning rates; docs/results.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
+# Learning rates; docs/tuning.md has the comparisons. A fresh LoRA begins with B = 0 and small numbers in A. Where both
 # are trained, steps of one size change what they compute several times as much.
 _FRESH_LR = 1.5e-3
 _TRAINED_LR = 5e-4
